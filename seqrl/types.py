@@ -101,14 +101,14 @@ class Batch:
         return self.offsets.diff()
 
     @property
-    def response_lengths(self) -> Tensor:
-        """[N] response tokens per sequence."""
-        return segment_sum(self.response_mask.long(), self.offsets)
-
-    @property
     def response_offsets(self) -> Tensor:
         """[N+1] boundaries of the sequences in `x[response_mask]`."""
-        return to_offsets(self.response_lengths)
+        return to_offsets(self.response_mask.long())[self.offsets]
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[N] response tokens per sequence."""
+        return self.response_offsets.diff()
 
     def select(self, sequences: Tensor | Sequence[int]) -> Batch:
         """The batch of these sequences, in this order; `sequences` holds indices [M] into N."""
@@ -131,9 +131,3 @@ PER_SEQUENCE = frozenset({"group", "policy_version", "reward"})
 def to_offsets(lengths: Tensor) -> Tensor:
     """Lengths [N] to boundaries [N+1]."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-
-
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of `values` [T] over each segment of `offsets` [N+1]; an empty segment gives 0. Returns [N]."""
-    segment = torch.arange(offsets.numel() - 1, device=values.device).repeat_interleave(offsets.diff())
-    return values.new_zeros(offsets.numel() - 1).index_add(0, segment, values)
