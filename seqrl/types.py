@@ -84,13 +84,39 @@ class Batch:
     reward: Tensor
     """[N] float32."""
     rollout_logprobs: Tensor
-    """[T] float32, 0 outside the response."""
+    """[T] float32, 0 outside the response (as are all log-probs and advantages)."""
     old_logprobs: Tensor | None = None
-    """[T] float32, 0 outside the response."""
+    """[T] float32, of the training engine before the update."""
     ref_logprobs: Tensor | None = None
-    """[T] float32, 0 outside the response."""
+    """[T] float32, of the frozen reference."""
     advantages: Tensor | None = None
-    """[T] float32, token advantages (constant over a response under a group advantage), 0 outside it."""
+    """[T] float32, token advantages (constant over a response under a group advantage)."""
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], rewards: Sequence[Reward]) -> Batch:
+        """Lays the sequences of N rollouts one behind the other."""
+        prompts = [torch.tensor(rollout.prompt.tokens) for rollout in rollouts]
+        answers = [rollout.tokens for rollout in rollouts]
+        lengths = [prompt.numel() + answer.numel() for prompt, answer in zip(prompts, answers, strict=True)]
+
+        def flat(of_prompt: Sequence[Tensor], of_answer: Sequence[Tensor]) -> Tensor:
+            pairs = zip(of_prompt, of_answer, strict=True)
+            return torch.cat([part for pair in pairs for part in pair])
+
+        return cls(
+            tokens=flat(prompts, answers),
+            response_mask=flat(
+                [torch.zeros_like(p, dtype=torch.bool) for p in prompts],
+                [torch.ones_like(a, dtype=torch.bool) for a in answers],
+            ),
+            offsets=to_offsets(torch.tensor(lengths)),
+            group=torch.tensor([rollout.group for rollout in rollouts]),
+            policy_version=torch.tensor([rollout.policy_version for rollout in rollouts]),
+            reward=torch.tensor([reward.value for reward in rewards], dtype=torch.float32),
+            rollout_logprobs=flat(
+                [torch.zeros(p.numel()) for p in prompts], [rollout.logprobs for rollout in rollouts]
+            ),
+        )
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -110,19 +136,35 @@ class Batch:
         """[N] response tokens per sequence."""
         return self.response_offsets.diff()
 
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values of the response tokens, in order, to [T] with 0 elsewhere."""
+        return values.new_zeros(self.tokens.numel()).masked_scatter(self.response_mask, values)
+
     def select(self, sequences: Tensor | Sequence[int]) -> Batch:
         """The batch of these sequences, in this order; `sequences` holds indices [M] into N."""
         index = torch.as_tensor(sequences, dtype=torch.long)
-        lengths = self.lengths[index]
-        offsets = to_offsets(lengths)
-        within = torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(lengths)
-        token_index = self.offsets[index].repeat_interleave(lengths) + within
-        changed: dict[str, Tensor] = {"offsets": offsets}
+        token_index = self._token_index(index)
+        changed: dict[str, Tensor] = {"offsets": to_offsets(self.lengths[index])}
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and field.name != "offsets":
                 changed[field.name] = value[index if field.name in PER_SEQUENCE else token_index]
         return replace(self, **changed)
+
+    def response_token_index(self, sequences: Tensor | Sequence[int]) -> Tensor:
+        """Where the response tokens of `select(sequences)` lie in this batch: indices into T."""
+        token_index = self._token_index(torch.as_tensor(sequences, dtype=torch.long))
+        return token_index[self.response_mask[token_index]]
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
+
+    def _token_index(self, index: Tensor) -> Tensor:
+        lengths = self.lengths[index]
+        offsets = to_offsets(lengths)
+        within = torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(lengths)
+        return self.offsets[index].repeat_interleave(lengths) + within
 
 
 PER_SEQUENCE = frozenset({"group", "policy_version", "reward"})

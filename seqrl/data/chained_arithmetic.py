@@ -26,7 +26,7 @@ FORGOTTEN_CARRY_RATE = 0.6
 OFF_BY_ONE_RATE = 0.1
 """How often any other worked step is off by one. Together: about 30% of the steps are wrong."""
 HELD_OUT_SHARE = 1 / 8
-MAX_DRAWS_PER_ROW = 1000
+MAX_DRAWS_IN_VAIN = 20_000
 
 
 def rows(
@@ -34,49 +34,61 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Yields `size` distinct problems of `terms` numbers whose running value stays within 0..limit.
 
-    Raises UserError where `split` is neither `train` nor `test`, or fewer than `size` problems exist.
+    Raises UserError where `split` is neither `train` nor `test`, or fewer than `size` problems are found.
     """
-    for index, problem in enumerate(_problems(size, seed, split, terms, limit)):
-        steps = _work_out(problem)
-        yield {
-            "data_source": DATA_SOURCE,
-            "prompt": [{"role": "user", "content": _expression(problem)}],
-            "reward_model": {"style": "rule", "ground_truth": str(steps[-1])},
-            "extra_info": {"split": split, "index": index},
-        }
+    seen: set[tuple[int, ...]] = set()
+    in_vain = 0
+    for problem in _problems(f"{split} {seed}", split, terms, limit):
+        if len(seen) == size:
+            return
+        if problem in seen:
+            in_vain += 1
+            if in_vain == MAX_DRAWS_IN_VAIN:
+                raise UserError(
+                    f"{DATA_SOURCE}: found only {len(seen)} of size={size} distinct problems with "
+                    f"terms={terms}, limit={limit}, split={split}; raise terms or limit, or lower size"
+                )
+            continue
+        in_vain = 0
+        yield _row(problem, split, len(seen))
+        seen.add(problem)
 
 
 def worked_rows(
     *, size: int = 1000, seed: int = 0, split: str = "train", terms: int = 3, limit: int = 20
 ) -> Iterator[dict[str, Any]]:
-    """Like `rows`, with an `answer`: a worked solution about 30% of whose steps are wrong."""
-    rng = random.Random(f"worked {seed}")
-    for row, problem in zip(
-        rows(size=size, seed=seed, split=split, terms=terms, limit=limit),
-        _problems(size, seed, split, terms, limit),
-        strict=True,
-    ):
-        yield {**row, "answer": _solution(problem, _work_out(problem, rng))}
+    """Yields `size` problems, some more than once, each with an `answer`: a worked solution.
+
+    About 30% of the steps are wrong.
+    """
+    slips = random.Random(f"slips {seed}")
+    problems = _problems(f"worked {split} {seed}", split, terms, limit)
+    for index, problem in zip(range(size), problems):
+        yield {**_row(problem, split, index), "answer": _solution(problem, _work_out(problem, slips))}
 
 
-def _problems(size: int, seed: int, split: str, terms: int, limit: int) -> Iterator[tuple[int, ...]]:
-    """Distinct problems of one split: the first number, then signed one-digit steps."""
+def _problems(seed: str, split: str, terms: int, limit: int) -> Iterator[tuple[int, ...]]:
+    """Problems of one split without end: the first number, then signed one-digit steps."""
     if split not in ("train", "test"):
         raise UserError(f"{DATA_SOURCE}: split={split!r} is not known; write split=train or split=test")
-    rng = random.Random(f"{split} {seed}")
-    seen: set[tuple[int, ...]] = set()
-    for _ in range(size * MAX_DRAWS_PER_ROW):
-        if len(seen) == size:
-            return
-        problem = _draw(rng, terms, limit)
-        if problem not in seen and _is_held_out(problem) == (split == "test"):
-            seen.add(problem)
-            yield problem
-    if len(seen) < size:
+    if terms < 2 or limit < 1:
         raise UserError(
-            f"{DATA_SOURCE}: found only {len(seen)} of size={size} distinct problems with "
-            f"terms={terms}, limit={limit}, split={split}; raise terms or limit, or lower size"
+            f"{DATA_SOURCE}: terms={terms}, limit={limit}: terms must be 2 or more, limit 1 or more"
         )
+    rng = random.Random(seed)
+    while True:
+        problem = _draw(rng, terms, limit)
+        if _is_held_out(problem) == (split == "test"):
+            yield problem
+
+
+def _row(problem: tuple[int, ...], split: str, index: int) -> dict[str, Any]:
+    return {
+        "data_source": DATA_SOURCE,
+        "prompt": [{"role": "user", "content": _expression(problem)}],
+        "reward_model": {"style": "rule", "ground_truth": str(_work_out(problem)[-1])},
+        "extra_info": {"split": split, "index": index},
+    }
 
 
 def _draw(rng: random.Random, terms: int, limit: int) -> tuple[int, ...]:

@@ -1,0 +1,288 @@
+"""The command line, and the only place that puts rooms together.
+
+Nothing heavy is imported before a command is known: `seqrl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seqrl.errors import UserError
+
+if TYPE_CHECKING:
+    from seqrl.config.schema import Config, SFTConfig
+
+HELP = """\
+seqrl: sequence-level reinforcement learning for language models (GSPO, GRPO)
+
+usage: seqrl COMMAND [--config-name NAME] [--config-path DIR] [key=value ...]
+
+commands:
+  quickstart   make a tiny model, teach it, improve it with GSPO, show the result
+               (seed=N out=DIR; about five minutes on two cores)
+  train        reinforcement learning; recipes: ppo_trainer (default), quickstart
+  sft          supervised fine-tuning; recipes: sft_trainer (default), quickstart_sft
+  report       DIR: write report.html anew from a run's files
+
+keys are verl's: docs/keys.md. `python -m seqrl.trainer.main_ppo` is `seqrl train`.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 where the input is at fault."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(HELP, end="")
+        return 0
+    if command == "--version":
+        from seqrl import __version__
+
+        print(f"seqrl {__version__}")
+        return 0
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"no command `{command}`; choose one of {', '.join(COMMANDS)}")
+        if set(rest) & {"--help", "-h"}:
+            print(HELP, end="")
+            return 0
+        COMMANDS[command](rest)
+    except UserError as error:
+        print(f"seqrl: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("seqrl: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(arguments: Sequence[str]) -> None:
+    from seqrl.config.load import load
+    from seqrl.config.schema import Config
+
+    run_train(load(Config, arguments, default_name="ppo_trainer"), again="seqrl train " + " ".join(arguments))
+
+
+def sft(arguments: Sequence[str]) -> None:
+    from seqrl.config.load import load
+    from seqrl.config.schema import SFTConfig
+
+    directory = run_sft(load(SFTConfig, arguments, default_name="sft_trainer"))
+    print(f"model: {directory}")
+
+
+def quickstart(arguments: Sequence[str]) -> None:
+    from seqrl.quickstart import run
+
+    run(arguments)
+
+
+def report(arguments: Sequence[str]) -> None:
+    from seqrl.report.page import report_from_run
+
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        raise UserError("report takes one argument, the directory of a run")
+    print(report_from_run(Path(arguments[0])))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "sft": sft,
+    "report": report,
+}
+
+
+def run_train(config: Config, *, again: str) -> bool:
+    """Trains as `config` says; False where a signal ended it early. `again` is the command that goes on."""
+    from seqrl import checkpoint
+    from seqrl.config.check import check_train, no_effect
+    from seqrl.config.load import save_resolved, to_dict
+    from seqrl.report.trackers import make_trackers
+    from seqrl.trainer.interrupt import StopRequest
+
+    check_train(config)
+    for line in no_effect(config):
+        logging.getLogger(__name__).warning(line)
+    run_dir = Path(config.trainer.default_local_dir)
+    with checkpoint.RunLock(run_dir), StopRequest() as stop:
+        trainer = build_trainer(config)
+        found = checkpoint.find(
+            run_dir, mode=config.trainer.resume_mode, path=config.trainer.resume_from_path
+        )
+        if found is not None:
+            trainer.resume(found)
+        save_resolved(config, run_dir / "config.yaml")
+        trackers = make_trackers(
+            config.trainer,
+            to_dict(config),
+            run_dir,
+            total_steps=trainer.total_steps,
+            first_step=trainer.step + 1,
+        )
+        if found is not None:
+            trackers.print(f"resumed from {found}")
+        try:
+            trainer.fit(trackers, stop)
+        finally:
+            trackers.close()
+    if stop.received is not None:
+        print(f"{stop.received}: step {trainer.step} is finished and saved; go on with: {again}")
+    return trainer.step == trainer.total_steps
+
+
+def build_trainer(config: Config) -> Any:
+    """Cheap checks first, the model last, so that bad input is told before anything is loaded."""
+    from seqrl.algos.advantages import ADVANTAGES
+    from seqrl.data.prompts import load_prompts, overlap
+    from seqrl.data.sampler import PromptSampler
+    from seqrl.rewards import make_reward
+    from seqrl.rewards.verifiers import check_sources
+    from seqrl.trainer.loop import Parts, Trainer
+    from seqrl.training.base import PolicyObjective
+    from seqrl.training.model import choose_device, load_tokenizer
+
+    data, actor, rollout = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if config.algorithm.adv_estimator not in ADVANTAGES:
+        raise UserError(
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator} is not known; "
+            f"choose one of {', '.join(ADVANTAGES)}"
+        )
+    PolicyObjective(actor, data.max_response_length)
+    device = choose_device(config.trainer.device)
+    reward = make_reward(config.custom_reward_function)
+    tokenizer = load_tokenizer(config.actor_rollout_ref.model, key="actor_rollout_ref.model.path")
+    train_prompts = load_prompts(data.train_files, tokenizer, data, key="data.train_files")
+    val_prompts = load_prompts(data.val_files, tokenizer, data, key="data.val_files")
+    check_sources([*train_prompts, *val_prompts], config.custom_reward_function)
+    if shared := overlap(train_prompts, val_prompts):
+        logging.getLogger(__name__).warning(
+            "data.val_files: %d of %d held-out prompts are also training prompts", shared, len(val_prompts)
+        )
+    seed = config.trainer.seed if data.seed is None else data.seed
+    sampler = PromptSampler(len(train_prompts), data.train_batch_size, shuffle=data.shuffle, seed=seed)
+    total_steps = config.trainer.total_training_steps or config.trainer.total_epochs * sampler.steps_per_epoch
+    updates = data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
+    training, engine = build_engines(
+        config.actor_rollout_ref.model,
+        actor.fsdp_config,
+        tokenizer,
+        device,
+        key="actor_rollout_ref.model.path",
+        max_num_seqs=rollout.max_num_seqs,
+        optim=actor.optim,
+        total_steps=total_steps * updates,
+        grad_clip=actor.grad_clip,
+        temperature=rollout.temperature,
+        max_tokens=actor.ppo_max_token_len_per_gpu,
+        micro_batch_size=None
+        if actor.use_dynamic_bsz
+        else actor.ppo_micro_batch_size_per_gpu or actor.ppo_mini_batch_size * rollout.n,
+        with_reference=actor.use_kl_loss or config.algorithm.use_kl_in_reward,
+    )
+    parts = Parts(training, engine, reward, sampler, train_prompts, val_prompts)
+    return Trainer(config, parts, total_steps=total_steps)
+
+
+def run_sft(config: SFTConfig) -> Path:
+    """Fine-tunes as `config` says; returns the Hugging Face directory of the result."""
+    from seqrl import checkpoint
+    from seqrl.config.check import check_sft
+    from seqrl.config.load import save_resolved, to_dict
+    from seqrl.config.schema import DataConfig
+    from seqrl.data.prompts import load_prompts
+    from seqrl.data.sampler import PromptSampler
+    from seqrl.data.sft import load_examples
+    from seqrl.report.trackers import make_trackers
+    from seqrl.rewards import make_reward
+    from seqrl.rewards.verifiers import check_sources
+    from seqrl.sft import SFTTrainer, to_batch
+    from seqrl.trainer.interrupt import StopRequest
+    from seqrl.training.model import choose_device, load_tokenizer
+
+    check_sft(config)
+    data, run_dir = config.data, Path(config.trainer.default_local_dir)
+    device = choose_device(config.trainer.device)
+    reward = make_reward(config.custom_reward_function)
+    tokenizer = load_tokenizer(config.model, key="model.path")
+    examples = load_examples(data.train_files, tokenizer, data)
+    held_out = DataConfig(prompt_key=data.prompt_key, max_prompt_length=data.max_length)
+    val_prompts = load_prompts(data.val_files, tokenizer, held_out, key="data.val_files")
+    check_sources(val_prompts, config.custom_reward_function)
+    sampler = PromptSampler(len(examples), data.train_batch_size, shuffle=True, seed=config.trainer.seed)
+    total_steps = config.trainer.total_training_steps or config.trainer.total_epochs * sampler.steps_per_epoch
+    training, engine = build_engines(
+        config.model,
+        config.fsdp_config,
+        tokenizer,
+        device,
+        key="model.path",
+        max_num_seqs=1024,
+        optim=config.optim,
+        total_steps=total_steps,
+        grad_clip=1.0,
+        temperature=1.0,
+        max_tokens=data.max_token_len_per_gpu,
+        micro_batch_size=None,
+        with_reference=False,
+    )
+    with checkpoint.RunLock(run_dir), StopRequest() as stop:
+        save_resolved(config, run_dir / "config.yaml")
+        trackers = make_trackers(
+            config.trainer, to_dict(config), run_dir, total_steps=total_steps, first_step=1
+        )
+        trainer = SFTTrainer(
+            config,
+            training=training,
+            rollout=engine,
+            reward=reward,
+            examples=to_batch([(e.prompt_tokens, e.answer_tokens) for e in examples]),
+            sampler=sampler,
+            val_prompts=val_prompts,
+            total_steps=total_steps,
+        )
+        try:
+            return trainer.fit(trackers, stop)
+        finally:
+            trackers.close()
+
+
+def build_engines(
+    model_config: Any,
+    precision: Any,
+    tokenizer: Any,
+    device: Any,
+    *,
+    key: str,
+    max_num_seqs: int,
+    **training: Any,
+) -> tuple[Any, Any]:
+    """The training engine, and a rollout engine that reads the same tensors."""
+    from seqrl.rollout.base import make_engine
+    from seqrl.training.local import LocalEngine
+    from seqrl.training.model import DTYPES, check_flat_forward, load_model
+
+    dtype = DTYPES[precision.dtype]
+    model = load_model(model_config, precision, device, key=key)
+    check_flat_forward(model)
+    return (
+        LocalEngine(model, tokenizer, compute_dtype=dtype, **training),
+        make_engine(model, tokenizer, max_num_seqs=max_num_seqs, dtype=dtype),
+    )
+
+
+def quiet_transformers() -> None:
+    """No progress bars for a model that loads in a moment."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The loop, and `python -m seqrl.trainer.main_ppo`."""

@@ -1,0 +1,111 @@
+"""Loading and saving: Hugging Face directories and hub names, model and tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqrl.config.schema import FSDPConfig, ModelConfig
+from seqrl.errors import UserError
+from seqrl.training.packing import ATTENTION_NAME, register
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises UserError for `cuda` where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda: PyTorch sees no GPU here; write trainer.device=cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_tokenizer(config: ModelConfig, *, key: str) -> Any:
+    """The tokenizer that lies with the model. `key` is the config key of the model's path."""
+    from transformers import AutoTokenizer
+
+    path = _resolve(config.path, key)
+    if os.path.isdir(path) and not any(
+        (Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        raise UserError(
+            f"{key}={config.path}: the directory has no tokenizer (tokenizer.json); "
+            "save one there with tokenizer.save_pretrained"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={config.path}: cannot load the tokenizer: {_first_line(error)}") from error
+
+
+def load_model(config: ModelConfig, precision: FSDPConfig, device: torch.device, *, key: str) -> Any:
+    """The causal language model, in `precision.model_dtype`, with seqrl's flat attention."""
+    from transformers import AutoModelForCausalLM
+
+    register()
+    path = _resolve(config.path, key)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[precision.model_dtype],
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=ATTENTION_NAME,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={config.path}: cannot load the model: {_first_line(error)}") from error
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation(config.experts_implementation or "grouped_mm")
+    if config.enable_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device).train()
+
+
+def check_flat_forward(model: Any) -> None:
+    """Two sequences in one flat row must not see each other; some architectures cannot keep them apart.
+
+    Raises UserError where a sequence's logits depend on the one before it.
+    """
+    from seqrl.training.packing import Layout
+
+    device = next(model.parameters()).device
+    tokens = torch.arange(16, device=device) % model.config.get_text_config().vocab_size
+
+    def logits(tokens: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+        layout = Layout.of(torch.tensor(offsets, device=device))
+        return model(
+            input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, layout=layout
+        ).logits[0]
+
+    with torch.no_grad():
+        together, alone = logits(tokens, [0, 9, 16])[9:], logits(tokens[9:], [0, 7])
+    difference = (together - alone).abs().max() / alone.abs().max()
+    if not difference < 0.05:
+        raise UserError(
+            f"{type(model).__name__} lets sequences of one micro-batch see each other "
+            f"(logits differ by {difference:.0%}): seqrl cannot train this architecture"
+        )
+
+
+def _resolve(path: str, key: str) -> str:
+    """A directory as it is, a hub name as it is; what is clearly a missing path is refused."""
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        if not os.path.isfile(os.path.join(expanded, "config.json")):
+            raise UserError(f"{key}={path}: the directory has no config.json; it is no Hugging Face model")
+        return expanded
+    if expanded.startswith(("/", ".")) or expanded.count("/") > 1:
+        raise UserError(f"{key}={path}: no such directory")
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

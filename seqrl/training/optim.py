@@ -1,0 +1,60 @@
+"""The optimizer: AdamW, its learning-rate schedule, and its state as named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from seqrl.config.schema import OptimConfig
+from seqrl.errors import UserError
+
+
+def make_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); norms and biases are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (the first is 0) of `total_steps`."""
+    warmup = config.lr_warmup_steps
+    if warmup < 0:
+        warmup = int(config.lr_warmup_steps_ratio * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.lr_scheduler_type == "constant":
+        return config.lr
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    left = (1 + math.cos(math.pi * done)) / 2 if config.lr_scheduler_type == "cosine" else 1 - done
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `PARAMETER:FIELD` -> tensor, bit by bit."""
+    return {
+        f"{name}:{field}": value
+        for name, parameter in model.named_parameters()
+        for field, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`. Raises UserError where a tensor fits no parameter."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, field = key.rpartition(":")
+        if name not in parameters:
+            raise UserError(f"the checkpoint's optimizer state holds {name}, which this model does not have")
+        parameter = parameters[name]
+        device = value.device if field == "step" and parameter.device.type == "cpu" else parameter.device
+        optimizer.state[parameter][field] = value.to(device, copy=True)
