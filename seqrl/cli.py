@@ -6,7 +6,6 @@ Nothing heavy is imported before a command is known: `seqrl --help` answers at o
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -201,8 +200,8 @@ def run_sft(config: SFTConfig) -> Path:
     from seqrl.report.trackers import make_trackers
     from seqrl.rewards import make_reward
     from seqrl.rewards.verifiers import check_sources
-    from seqrl.sft import SFTTrainer, to_batch
     from seqrl.trainer.interrupt import StopRequest
+    from seqrl.trainer.sft import SFTTrainer, to_batch
     from seqrl.training.model import choose_device, load_tokenizer
 
     check_sft(config)
@@ -274,14 +273,6 @@ def build_engines(
         LocalEngine(model, tokenizer, compute_dtype=dtype, **training),
         make_engine(model, tokenizer, max_num_seqs=max_num_seqs, dtype=dtype),
     )
-
-
-def quiet_transformers() -> None:
-    """No progress bars for a model that loads in a moment."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -71,11 +71,12 @@ def run(arguments: Sequence[str]) -> None:
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = report_from_run(out, before_after=shown)
     print("5. result")
-    print(f"                      before    after")
+    print("                      before    after")
     print(f"   held-out accuracy  {summary['accuracy_cold_start']:.3f}     {summary['accuracy_final']:.3f}")
     print(
         f"   {summary['steps']} steps of GSPO in {summary['seconds_gspo']:.0f} s; it clipped "
-        f"{summary['clip_fraction_token']:.1%} of tokens, {summary['clip_fraction_sequence']:.1%} of sequences"
+        f"{summary['clip_fraction_token']:.1%} of tokens and {summary['clip_fraction_sequence']:.1%} of "
+        "sequences"
     )
     print(f"   model:   {final}\n   summary: {out / 'summary.json'}\n   report:  {page}")
 
@@ -144,8 +145,8 @@ def _sampled_answers(directory: Path, problems: Sequence[dict[str, Any]], seed: 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
     answers = []
     for problem in problems:
         torch.manual_seed(seed)

@@ -14,7 +14,8 @@ from omegaconf import MISSING
 class DataConfig:
     train_files: list[str] = field(default_factory=list)
     """Training prompts: `.parquet` or `.jsonl` files in verl's row schema, or a procedural task,
-    `reasoning_gym:TASK?size=N&param=value` or `chained_arithmetic:?size=N&...`. A single string is a list of one."""
+    `reasoning_gym:TASK?size=N&param=value` or `chained_arithmetic:?size=N&...`. A single string
+    is a list of one."""
     val_files: list[str] = field(default_factory=list)
     """Held-out prompts, in the same forms; empty for no validation."""
     prompt_key: str = "prompt"

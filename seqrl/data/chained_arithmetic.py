@@ -63,7 +63,7 @@ def worked_rows(
     """
     slips = random.Random(f"slips {seed}")
     problems = _problems(f"worked {split} {seed}", split, terms, limit)
-    for index, problem in zip(range(size), problems):
+    for index, problem in zip(range(size), problems, strict=False):
         yield {**_row(problem, split, index), "answer": _solution(problem, _work_out(problem, slips))}
 
 
@@ -72,9 +72,7 @@ def _problems(seed: str, split: str, terms: int, limit: int) -> Iterator[tuple[i
     if split not in ("train", "test"):
         raise UserError(f"{DATA_SOURCE}: split={split!r} is not known; write split=train or split=test")
     if terms < 2 or limit < 1:
-        raise UserError(
-            f"{DATA_SOURCE}: terms={terms}, limit={limit}: terms must be 2 or more, limit 1 or more"
-        )
+        raise UserError(f"{DATA_SOURCE}: terms={terms} must be 2 or more, and limit={limit} 1 or more")
     rng = random.Random(seed)
     while True:
         problem = _draw(rng, terms, limit)

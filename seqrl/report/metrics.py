@@ -53,26 +53,25 @@ def timing_metrics(seconds: Mapping[str, float], tokens: int, response_tokens: i
     return metrics
 
 
-def validation_metrics(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, float]:
-    """Held-out accuracy from the verifier's values: by data source, a row per prompt of its n values.
+def validation_metrics(rollouts: Sequence[Rollout], rewards: Sequence[Reward], *, n: int) -> dict[str, float]:
+    """Held-out accuracy: the mean of the verifier's values.
 
-    With n > 1, `best` and `worst` are exact over the n (verl bootstraps them).
+    There are `n` rollouts per prompt, those of a prompt side by side. By data source, and over all
+    prompts as `val/accuracy`. With n > 1, `best` and `worst` are exact over the n (verl bootstraps
+    them). {} where nothing was held out.
     """
-    metrics = {}
-    means = []
-    for source, prompts in values.items():
-        if not prompts:
-            continue
-        table = torch.tensor([list(row) for row in prompts], dtype=torch.float64)  # [prompts, n]
-        n = table.shape[1]
+    if not rollouts:
+        return {}
+    values = torch.tensor([reward.value for reward in rewards], dtype=torch.float64).view(-1, n)
+    sources = [rollout.prompt.data_source for rollout in rollouts[::n]]
+    metrics = {"val/accuracy": float(values.mean())}
+    for source in dict.fromkeys(sources):
+        table = values[[i for i, of in enumerate(sources) if of == source]]  # [prompts, n]
         metrics[f"val-core/{source}/acc/mean@{n}"] = float(table.mean())
         if n > 1:
             metrics[f"val-core/{source}/acc/best@{n}/mean"] = float(table.amax(1).mean())
             metrics[f"val-aux/{source}/acc/worst@{n}/mean"] = float(table.amin(1).mean())
             metrics[f"val-aux/{source}/acc/std@{n}"] = float(table.std(1).mean())
-        means.append(table.mean(1))
-    if means:
-        metrics["val/accuracy"] = float(torch.cat(means).mean())
     return metrics
 
 

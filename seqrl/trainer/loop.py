@@ -145,13 +145,7 @@ class Trainer:
     def validate(self) -> Metrics:
         """Answers the held-out prompts; {} where there are none."""
         rollouts = self._generate(self.parts.val_prompts, self.val_sampling)
-        values: dict[str, list[list[float]]] = {}
-        rewards = self.parts.reward(rollouts)
-        n = self.val_sampling.n
-        for i in range(0, len(rollouts), n):
-            row = [reward.value for reward in rewards[i : i + n]]
-            values.setdefault(rollouts[i].prompt.data_source, []).append(row)
-        return validation_metrics(values)
+        return validation_metrics(rollouts, self.parts.reward(rollouts), n=self.val_sampling.n)
 
     def save(self) -> None:
         start = time.perf_counter()

@@ -9,7 +9,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from seqrl.training.objective import Diagnostics, Likelihood, Objective, PolicyObjective, policy_metrics
+from seqrl.training.objective import (
+    Diagnostics,
+    Likelihood,
+    Objective,
+    PolicyDiagnostics,
+    PolicyObjective,
+    policy_metrics,
+)
 from seqrl.types import Batch
 
 __all__ = [
@@ -69,8 +76,9 @@ class TrainingEngine(Protocol):
 
 def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     """The optimizer steps of one rollout batch as metrics."""
+    diagnostics = [update.diagnostics for update in updates]
     return {
-        **policy_metrics([update.diagnostics for update in updates]),
+        **policy_metrics([d for d in diagnostics if isinstance(d, PolicyDiagnostics)]),
         "actor/grad_norm": sum(update.grad_norm for update in updates) / len(updates),
         "actor/lr": updates[-1].lr,
     }

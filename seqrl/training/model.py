@@ -50,11 +50,13 @@ def load_tokenizer(config: ModelConfig, *, key: str) -> Any:
 def load_model(config: ModelConfig, precision: FSDPConfig, device: torch.device, *, key: str) -> Any:
     """The causal language model, in `precision.model_dtype`, with seqrl's flat attention."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     register()
     path = _resolve(config.path, key)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[precision.model_dtype],
             trust_remote_code=config.trust_remote_code,

@@ -73,7 +73,8 @@ class PolicyDiagnostics(Diagnostics):
 
 
 class Objective(Protocol):
-    needs_entropy_gradient: bool
+    @property
+    def needs_entropy_gradient(self) -> bool: ...
 
     def __call__(
         self, logprobs: Tensor, entropy: Tensor, part: Batch, counts: Counts

@@ -89,8 +89,16 @@ def test_timing_divides_generation_by_response_tokens() -> None:
     assert metrics["timing_per_token_ms/update_actor"] == 7.5
 
 
+def validation(scored: list[tuple[str, float]], *, n: int) -> dict[str, float]:
+    rollouts = [
+        Rollout(Prompt("", source, (), "", {}, (1,)), 0, torch.tensor([1]), torch.zeros(1), "", True, 0)
+        for source, _ in scored
+    ]
+    return validation_metrics(rollouts, [Reward(value, "") for _, value in scored], n=n)
+
+
 def test_validation_by_source_and_over_all_prompts() -> None:
-    metrics = validation_metrics({"sums": [[1.0], [0.0], [1.0]], "chess": [[0.0]]})
+    metrics = validation([("sums", 1.0), ("sums", 0.0), ("chess", 0.0), ("sums", 1.0)], n=1)
     assert metrics["val-core/sums/acc/mean@1"] == pytest.approx(2 / 3)
     assert metrics["val-core/chess/acc/mean@1"] == 0.0
     assert metrics["val/accuracy"] == 0.5  # each prompt counts once, not each source
@@ -98,9 +106,9 @@ def test_validation_by_source_and_over_all_prompts() -> None:
 
 
 def test_validation_with_several_responses() -> None:
-    metrics = validation_metrics({"sums": [[1.0, 0.0], [0.0, 0.0]]})
+    metrics = validation([("sums", 1.0), ("sums", 0.0), ("sums", 0.0), ("sums", 0.0)], n=2)
     assert metrics["val-core/sums/acc/mean@2"] == 0.25
     assert metrics["val-core/sums/acc/best@2/mean"] == 0.5
     assert metrics["val-aux/sums/acc/worst@2/mean"] == 0.0
     assert metrics["val-aux/sums/acc/std@2"] == pytest.approx(math.sqrt(0.5) / 2)
-    assert validation_metrics({}) == {}
+    assert validation_metrics([], [], n=2) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ class SFTTrainer:
 
     def fit(self, trackers: Trackers, stop: StopRequest) -> Path:
         """Trains, and returns the Hugging Face directory that holds the result."""
-        objective = Likelihood()
+        objective, test_freq = Likelihood(), self.config.trainer.test_freq
         for step in range(1, self.total_steps + 1):
             start = time.perf_counter()
             mini_batch = self.examples.select(self.sampler.next_batch())
@@ -53,9 +54,7 @@ class SFTTrainer:
                 "actor/entropy": float(update.diagnostics.entropy.mean()),
                 "actor/lr": update.lr,
             }
-            if step == self.total_steps or (
-                self.config.trainer.test_freq > 0 and step % self.config.trainer.test_freq == 0
-            ):
+            if step == self.total_steps or (test_freq > 0 and step % test_freq == 0):
                 metrics |= self.validate()
                 seconds["testing"] = time.perf_counter() - start - seconds["update_actor"]
             seconds["step"] = time.perf_counter() - start
@@ -64,7 +63,10 @@ class SFTTrainer:
             if stop.received or self._reached(metrics):
                 break
         directory = Path(self.config.trainer.default_local_dir) / "huggingface"
-        self.training.save_pretrained(directory)
+        unfinished = directory.with_name(".tmp-huggingface")
+        self.training.save_pretrained(unfinished)
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.rename(directory)
         return directory
 
     def validate(self) -> dict[str, float]:
@@ -73,10 +75,7 @@ class SFTTrainer:
         rollouts = self.rollout.generate(
             self.val_prompts, sampling, seed=0, policy_version=self.training.steps_done
         )
-        values: dict[str, list[list[float]]] = {}
-        for rollout, reward in zip(rollouts, self.reward(rollouts), strict=True):
-            values.setdefault(rollout.prompt.data_source, []).append([reward.value])
-        return validation_metrics(values)
+        return validation_metrics(rollouts, self.reward(rollouts), n=1)
 
     def _reached(self, metrics: dict[str, float]) -> bool:
         target = self.config.trainer.target_accuracy
