@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is known: `seqrl --help` answers at o
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,15 +65,16 @@ def train(arguments: Sequence[str]) -> None:
     from seqrl.config.load import load
     from seqrl.config.schema import Config
 
-    run_train(load(Config, arguments, default_name="ppo_trainer"), again="seqrl train " + " ".join(arguments))
+    run_train(
+        load(Config, arguments, default_name="ppo_trainer"), again=shlex.join(["seqrl", "train", *arguments])
+    )
 
 
 def sft(arguments: Sequence[str]) -> None:
     from seqrl.config.load import load
     from seqrl.config.schema import SFTConfig
 
-    directory = run_sft(load(SFTConfig, arguments, default_name="sft_trainer"))
-    print(f"model: {directory}")
+    run_sft(load(SFTConfig, arguments, default_name="sft_trainer"))
 
 
 def quickstart(arguments: Sequence[str]) -> None:
@@ -130,9 +132,12 @@ def run_train(config: Config, *, again: str) -> bool:
             trainer.fit(trackers, stop)
         finally:
             trackers.close()
-    if stop.received is not None:
+    finished = trainer.step == trainer.total_steps
+    if finished:
+        print(f"step {trainer.step} of {trainer.total_steps} is done; report: {run_dir / 'report.html'}")
+    else:
         print(f"{stop.received}: step {trainer.step} is finished and saved; go on with: {again}")
-    return trainer.step == trainer.total_steps
+    return finished
 
 
 def build_trainer(config: Config) -> Any:
@@ -188,8 +193,8 @@ def build_trainer(config: Config) -> Any:
     return Trainer(config, parts, total_steps=total_steps)
 
 
-def run_sft(config: SFTConfig) -> Path:
-    """Fine-tunes as `config` says; returns the Hugging Face directory of the result."""
+def run_sft(config: SFTConfig) -> Path | None:
+    """Fine-tunes as `config` says; returns the result's directory, None where a signal ended it early."""
     from seqrl import checkpoint
     from seqrl.config.check import check_sft
     from seqrl.config.load import save_resolved, to_dict
@@ -246,9 +251,14 @@ def run_sft(config: SFTConfig) -> Path:
             total_steps=total_steps,
         )
         try:
-            return trainer.fit(trackers, stop)
+            directory = trainer.fit(trackers, stop)
         finally:
             trackers.close()
+    if stop.received is not None:
+        print(f"{stop.received}: stopped early; the model so far: {directory}")
+        return None
+    print(f"model: {directory}")
+    return directory
 
 
 def build_engines(

@@ -41,6 +41,8 @@ def run(arguments: Sequence[str]) -> None:
 
     print("2. cold start: worked solutions, about 30% of whose steps are wrong")
     cold_start = _cold_start(options)
+    if cold_start is None:
+        return
 
     print("3. GSPO")
     train_arguments = [
@@ -117,8 +119,8 @@ def _write_model(options: Options) -> None:
         write_tiny_model(options.out / "model", seed=options.seed)
 
 
-def _cold_start(options: Options) -> Path:
-    """The fine-tuned model's directory; made once."""
+def _cold_start(options: Options) -> Path | None:
+    """The fine-tuned model's directory, made once; None where a signal ended it early."""
     out = options.out
     done = out / "cold_start" / "done"
     arguments = [
@@ -137,7 +139,8 @@ def _cold_start(options: Options) -> Path:
         out / "worked_solutions.jsonl", "".join(json.dumps(solution) + "\n" for solution in solutions)
     )
     directory = run_sft(load(SFTConfig, arguments, default_name="sft_trainer"))
-    write_atomic(done, "")
+    if directory is not None:
+        write_atomic(done, "")
     return directory
 
 

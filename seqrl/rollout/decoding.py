@@ -99,8 +99,8 @@ class DecodingEngine(ABC):
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(longest.tokens) + sampling.max_new_tokens > limit:
             raise UserError(
-                f"data.max_response_length={sampling.max_new_tokens}: with the {len(longest.tokens)} tokens of "
-                f"prompt {longest.uid} that is beyond the {limit} positions of the model (max_position_embeddings); "
+                f"data.max_response_length={sampling.max_new_tokens}: with the {len(longest.tokens)} tokens "
+                f"of prompt {longest.uid} that exceeds the model's max_position_embeddings of {limit}; "
                 "lower data.max_response_length or data.max_prompt_length"
             )
         for prompt in prompts:

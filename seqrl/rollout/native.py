@@ -21,6 +21,8 @@ from seqrl.rollout.weights import Dense, Weights, read_weights
 
 _PREFILL_TOKENS = 8192
 """Prompt tokens, padding included, in one forward pass; bounds the memory of its activations."""
+_LEAST_BLOCK = 32
+"""Columns the cache grows by, or a quarter of what it holds."""
 
 
 class NativeEngine(DecodingEngine):
@@ -49,7 +51,8 @@ class NativeDecoder:
         device = self.weights.embedding.device
         columns = max(map(len, prompts))
         pads = torch.tensor([columns - len(prompt) for prompt in prompts])  # [B]
-        rows = NativeRows(self, pads.to(device), columns, capacity=columns)
+        rows = NativeRows(self, pads.to(device))
+        rows.grow(columns)
         at_once = max(1, _PREFILL_TOKENS // columns)
         logits = []
         for start in range(0, len(prompts), at_once):
@@ -87,83 +90,92 @@ class NativeDecoder:
 
 
 class NativeRows:
-    """The key-value cache of B rows, with room for `capacity` columns of which `columns` are filled.
+    """The key-value cache of B rows, as blocks of columns, each contiguous: the prompt, then what grows.
 
     `pads` [B] counts the columns on the left of each row that hold no token.
     """
 
-    def __init__(self, decoder: NativeDecoder, pads: Tensor, columns: int, capacity: int) -> None:
-        w = decoder.weights
+    def __init__(self, decoder: NativeDecoder, pads: Tensor) -> None:
         self.decoder = decoder
-        self.columns = columns
-        self.group = w.heads // w.kv_heads  # query heads that share a key head
-        shape = (len(pads), w.kv_heads, capacity, w.head_dim)
-        like = w.lm_head.weight
-        self.keys = [like.new_empty(shape) for _ in w.layers]
-        self.values = [like.new_empty(shape) for _ in w.layers]
-        self._set_pads(pads)
-
-    def _set_pads(self, pads: Tensor) -> None:
         self.pads = pads
-        columns = torch.arange(self.keys[0].shape[2], device=pads.device)
-        hidden = columns < pads[:, None, None, None]
-        self.mask = None  # [B, 1, 1, capacity], 0 or -inf
-        if bool(hidden.any()):
-            self.mask = torch.zeros(hidden.shape, device=pads.device).masked_fill_(hidden, -torch.inf)
+        self.columns = 0  # filled
+        self.group = decoder.weights.heads // decoder.weights.kv_heads  # query heads that share a key head
+        self.keys: list[list[Tensor]] = [[] for _ in decoder.weights.layers]  # per layer, blocks [B, K, C, D]
+        self.values: list[list[Tensor]] = [[] for _ in decoder.weights.layers]
+        self.mask = torch.empty(
+            len(pads), 1, 0, device=pads.device
+        )  # [B, 1, all C], 0 where to look, else -inf
+
+    def grow(self, columns: int) -> None:
+        """Appends an empty block of so many columns. It is zeros: hidden values still enter a product."""
+        w = self.decoder.weights
+        shape = (len(self.pads), w.kv_heads, columns, w.head_dim)
+        for blocks in self.keys + self.values:
+            blocks.append(w.lm_head.weight.new_zeros(shape))
+        self.mask = F.pad(self.mask, (0, columns), value=-torch.inf)
 
     def fill(self, rows: slice, tokens: Tensor) -> Tensor:
-        """Runs the padded prompts `tokens` [b, T] of `rows`; keeps their keys and values. Logits [b, V]."""
-        pads = self.pads[rows, None]
+        """Runs the padded prompts `tokens` [b, C] of `rows` into the first block. Returns logits [b, V]."""
         columns = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = None  # [b, 1, T, T], true where a query may look
-        if self.mask is not None:
-            # A padding query looks at itself, so that its softmax has something to sum.
-            seen = (columns[None, :] <= columns[:, None]) & (columns >= pads)[:, None, :]
-            mask = (seen | torch.eye(len(columns), dtype=torch.bool, device=tokens.device))[:, None]
+        pads = self.pads[rows, None]
+        real = columns >= pads  # [b, C]
+        # A padding query looks at itself, so that its softmax has something to sum.
+        itself = torch.eye(len(columns), dtype=torch.bool, device=tokens.device)
+        mask = ((real[:, None] & (columns <= columns[:, None])) | itself)[:, None]  # [b, 1, C, C]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            self.keys[layer][rows], self.values[layer][rows] = k, v
+            self.keys[layer][0][rows], self.values[layer][0][rows] = k, v
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0, enable_gqa=self.group > 1
+                q, k, v, attn_mask=mask, scale=1.0, enable_gqa=self.group > 1
             )
             return out.transpose(1, 2).flatten(2)
 
+        self.mask[rows, 0] = self.mask[rows, 0].masked_fill(real, 0)
+        self.columns = len(columns)
         return self.decoder.forward(tokens, (columns - pads).clamp(min=0), attend)
 
     def spread(self, rows: Tensor) -> NativeRows:
         """See `Rows.spread`."""
-        copy = NativeRows(self.decoder, self.pads[rows], self.columns, self.decoder.length)
-        for ours, theirs in zip(self.keys + self.values, copy.keys + copy.values, strict=True):
-            theirs[:, :, : self.columns] = ours[rows]
+        copy = NativeRows(self.decoder, self.pads[rows])
+        copy.keys = [[block[rows] for block in blocks] for blocks in self.keys]
+        copy.values = [[block[rows] for block in blocks] for blocks in self.values]
+        copy.mask, copy.columns = self.mask[rows], self.columns
         return copy
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Rows.step`."""
-        column = self.columns
-        self.columns += 1
+        if self.columns == self.mask.shape[-1]:
+            self.grow(max(_LEAST_BLOCK, self.columns // 4))
+        widths = [block.shape[2] for block in self.keys[0]]
+        place = self.columns - sum(widths[:-1])  # in the last block
+        self.mask[:, :, self.columns] = 0
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             batch, _, kv_heads, size = k.shape
             keys, values = self.keys[layer], self.values[layer]
-            keys[:, :, column], values[:, :, column] = k[:, 0], v[:, 0]
-            keys = keys.flatten(0, 1)[:, : self.columns]  # [B K, columns, D]
-            values = values.flatten(0, 1)[:, : self.columns]
-            scores = torch.bmm(q.reshape(batch * kv_heads, self.group, size), keys.transpose(1, 2))
-            if self.mask is not None:
-                scores.view(batch, -1, self.columns).add_(self.mask[:, 0, :, : self.columns])
-            probs = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-            return torch.bmm(probs.view(batch * kv_heads, self.group, -1), values).view(batch, 1, -1)
+            keys[-1][:, :, place], values[-1][:, :, place] = k[:, 0], v[:, 0]
+            q = q.reshape(batch * kv_heads, self.group, size)
+            parts = [torch.bmm(q, block.flatten(0, 1).transpose(1, 2)) for block in keys]
+            scores = torch.cat(parts, dim=-1).view(batch, -1, self.mask.shape[-1]).add_(self.mask)
+            probs = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(len(q), self.group, -1)
+            outs = [
+                torch.bmm(part, block.flatten(0, 1))
+                for part, block in zip(probs.split(widths, dim=-1), values, strict=True)
+            ]
+            return sum(outs[1:], outs[0]).view(batch, 1, -1)
 
-        return self.decoder.forward(tokens[:, None], (column - self.pads)[:, None], attend)
+        positions = (self.columns - self.pads)[:, None]
+        self.columns += 1
+        return self.decoder.forward(tokens[:, None], positions, attend)
 
     def keep(self, rows: Tensor) -> None:
         """See `Rows.keep`."""
         count = len(rows)
         moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
-        source, filled = rows[moved], self.columns
-        for cache in (self.keys, self.values):
-            for i, tensor in enumerate(cache):
-                tensor[moved, :, :filled] = tensor[source, :, :filled]
-                cache[i] = tensor[:count]
-        self._set_pads(self.pads[rows])
+        source = rows[moved]
+        for blocks in self.keys + self.values:
+            for i, block in enumerate(blocks):
+                block[moved] = block[source]
+                blocks[i] = block[:count]
+        self.pads, self.mask = self.pads[rows], self.mask[rows]

@@ -10,7 +10,7 @@ import torch
 
 from seqrl.config.schema import FSDPConfig, ModelConfig
 from seqrl.errors import UserError
-from seqrl.training.packing import ATTENTION_NAME, register
+from seqrl.training.packing import ATTENTION_NAME, Layout, register
 
 DTYPES = {
     "fp32": torch.float32,
@@ -64,11 +64,24 @@ def load_model(config: ModelConfig, precision: FSDPConfig, device: torch.device,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{key}={config.path}: cannot load the model: {_first_line(error)}") from error
-    if hasattr(model.config, "num_experts"):
-        model.set_experts_implementation(config.experts_implementation or "grouped_mm")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a ratio compares one network with itself
+    _choose_experts(model, config)
     if config.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).train()
+
+
+def _choose_experts(model: Any, config: ModelConfig) -> None:
+    """How transformers computes mixture-of-experts layers, where this model leaves a choice."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(config.experts_implementation or "grouped_mm")
+    elif config.experts_implementation is not None:
+        raise UserError(
+            f"experts_implementation={config.experts_implementation}: {type(model).__name__} leaves no "
+            "choice; write experts_implementation=null"
+        )
 
 
 def check_flat_forward(model: Any) -> None:
@@ -76,8 +89,6 @@ def check_flat_forward(model: Any) -> None:
 
     Raises UserError where a sequence's logits depend on the one before it.
     """
-    from seqrl.training.packing import Layout
-
     device = next(model.parameters()).device
     tokens = torch.arange(16, device=device) % model.config.get_text_config().vocab_size
 

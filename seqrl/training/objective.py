@@ -171,21 +171,21 @@ def policy_metrics(parts: Sequence[PolicyDiagnostics]) -> dict[str, float]:
     """The mini-batches of a step as metrics, under verl's names where it has them."""
     d = PolicyDiagnostics.merge(parts)
 
-    def share(flags: Tensor) -> float:
-        return float(flags.float().mean()) if flags.numel() else 0.0
+    def mean(values: Tensor) -> float:
+        return float(values.float().mean()) if values.numel() else 0.0
 
     metrics = {
         "actor/pg_loss": float(d.loss.sum()) / len(parts),
-        "actor/entropy": share(d.entropy),
-        "actor/ppo_kl": share(-d.log_ratio),
-        "actor/kl_loss": share(d.kl),
-        "actor/pg_clipfrac": share(d.clipped_low | d.clipped_high),
-        "actor/pg_clipfrac_low": share(d.clipped_low),
-        "actor/pg_clipfrac_high": share(d.clipped_high),
-        "actor/pg_clipfrac_lower": share(d.clipped_dual),
-        "actor/seq_clipfrac": share(d.sequence_clipped_low | d.sequence_clipped_high),
-        "actor/seq_clipfrac_low": share(d.sequence_clipped_low),
-        "actor/seq_clipfrac_high": share(d.sequence_clipped_high),
+        "actor/entropy": mean(d.entropy),
+        "actor/ppo_kl": mean(-d.log_ratio),
+        "actor/kl_loss": mean(d.kl),
+        "actor/pg_clipfrac": mean(d.clipped_low | d.clipped_high),
+        "actor/pg_clipfrac_low": mean(d.clipped_low),
+        "actor/pg_clipfrac_high": mean(d.clipped_high),
+        "actor/pg_clipfrac_lower": mean(d.clipped_dual),
+        "actor/seq_clipfrac": mean(d.sequence_clipped_low | d.sequence_clipped_high),
+        "actor/seq_clipfrac_low": mean(d.sequence_clipped_low),
+        "actor/seq_clipfrac_high": mean(d.sequence_clipped_high),
     }
     levels = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "max": 1.0}
     quantiles = d.sequence_log_ratio.double().quantile(torch.tensor([*levels.values()]).double()).exp()

@@ -95,17 +95,24 @@ def flat_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
-    layout: Layout,
-    **unknown: Any,
-) -> tuple[Tensor, None]:
+    layout: Layout | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Causal attention within each sequence of one flat row, in the form transformers calls.
 
-    query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
+    query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]. Without a layout (the model is
+    called as anyone would call it) it is transformers' own attention. There is no dropout: a ratio
+    compares one network with itself.
     """
+    if layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **others | {"dropout": 0.0}
+        )
     for name in ("softcap", "s_aux"):
-        if unknown.get(name) is not None:
+        if others.get(name) is not None:
             raise UserError(
                 f"{type(module).__name__} needs attention with {name}, which seqrl's training forward "
                 "does not have; choose a model of another architecture"
@@ -119,7 +126,6 @@ def flat_attention(
         layout.pad(key),
         layout.pad(value),
         attn_mask=mask,
-        dropout_p=dropout,
         is_causal=mask is None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -130,6 +136,11 @@ def flat_attention(
 def register() -> None:
     """Makes `flat_attention` known to transformers as an attention implementation."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def mask(**arguments: Any) -> Tensor | None:
+        # A flat row comes without a mask, and must not get one of [T, T].
+        return None if arguments["attention_mask"] is None else sdpa_mask(**arguments)
 
     AttentionInterface.register(ATTENTION_NAME, flat_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(ATTENTION_NAME, mask)

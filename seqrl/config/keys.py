@@ -1,0 +1,108 @@
+"""The schema as a page for people: every key with its type, its default and the text below its field.
+
+`python -m seqrl.config.keys > docs/keys.md` writes the page.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any, cast, get_type_hints
+
+from omegaconf import MISSING
+
+from seqrl.config.schema import Config, SFTConfig
+
+HEAD = """\
+# Keys
+
+Every key that seqrl reads, under verl's names. A key that is not here ends the command with the nearest
+right name. The last value wins: the defaults below, then the recipe (`--config-name`), then the command
+line. The whole resolved config of a run lies in its directory, as `config.yaml`.
+
+On the command line text needs no quotes, a list is `[a,b]`, and a single text stands for a list of one.
+`${section.key}` takes the value of another key.
+
+Made from `seqrl/config/schema.py` by `python -m seqrl.config.keys > docs/keys.md`.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    name: str
+    """Dotted, as on the command line."""
+    type: str
+    """In words: `int`, `float or null`, `list of str`."""
+    default: str
+    """As one would write it in a recipe; `required` where there is none."""
+    text: str
+    """The docstring below the field on one line; empty where it has none."""
+
+
+def describe(schema: type) -> list[Key]:
+    """Every key of a dataclass and of the dataclasses in it, in the order of the schema."""
+    return list(_keys(schema, prefix=""))
+
+
+def markdown() -> str:
+    """The page docs/keys.md: a chapter for each command, a table for each section."""
+    parts = [HEAD]
+    for schema in (Config, SFTConfig):
+        parts.append(f"## {(inspect.getdoc(schema) or '').removesuffix('.')}\n")
+        for section, keys in groupby(describe(schema), key=lambda key: key.name.rpartition(".")[0]):
+            parts.append(f"### `{section}`\n\n{_table(list(keys))}\n")
+    return "\n".join(parts)
+
+
+def _keys(schema: type, prefix: str) -> Iterator[Key]:
+    types, texts = get_type_hints(schema), _texts(schema)
+    for field in dataclasses.fields(schema):
+        name, kind = f"{prefix}{field.name}", types[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _keys(cast(type, kind), prefix=f"{name}.")
+        else:
+            yield Key(name, _in_words(str(field.type)), _default(field), texts.get(field.name, ""))
+
+
+def _texts(schema: type) -> dict[str, str]:
+    """The string that stands below a field in the source, which Python itself throws away."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    body = cast(ast.ClassDef, tree).body
+    texts = {}
+    for field, below in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            text = ast.literal_eval(below.value)
+            texts[ast.unparse(field.target)] = " ".join(text.split())
+    return texts
+
+
+def _in_words(annotation: str) -> str:
+    """The annotation as it is written, `list[str] | None`, for people: `list of str or null`."""
+    return annotation.replace("list[", "list of ").replace("]", "").replace(" | None", " or null")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    make = field.default_factory
+    value = field.default if make is dataclasses.MISSING else make()
+    if value == MISSING:
+        return "required"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(keys: list[Key]) -> str:
+    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    for key in keys:
+        default = key.default if key.default == "required" else f"`{key.default}`"
+        text = key.text.replace("|", "\\|")
+        rows.append(f"| `{key.name.rpartition('.')[2]}` | {key.type} | {default} | {text} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

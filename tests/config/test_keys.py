@@ -1,0 +1,62 @@
+"""The page of keys says what the schema says, and the schema says something of every key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from omegaconf import MISSING
+
+from seqrl.config.keys import Key, describe, markdown
+from seqrl.config.load import leaf_types
+from seqrl.config.schema import Config, SFTConfig
+
+PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
+
+
+@dataclass
+class Inner:
+    rate: float = 3e-4
+    files: list[str] = field(default_factory=lambda: ["a", "b"])
+    """Files, one
+    behind the `a|b` other."""
+
+
+@dataclass
+class Outer:
+    """A schema of its own."""
+
+    path: str = MISSING
+    """Where."""
+    limit: int | None = None
+    """How many."""
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_a_key_has_its_dotted_name_type_default_and_text() -> None:
+    assert describe(Outer) == [
+        Key("path", "str", "required", "Where."),
+        Key("limit", "int or null", "null", "How many."),
+        Key("inner.rate", "float", "0.0003", ""),
+        Key("inner.files", "list of str", '["a", "b"]', "Files, one behind the `a|b` other."),
+    ]
+
+
+@pytest.mark.parametrize("schema", [Config, SFTConfig])
+def test_every_key_is_described(schema: type) -> None:
+    keys = describe(schema)
+    assert [key.name for key in keys] == list(leaf_types(schema))
+    silent = [key.name for key in keys if not key.text]
+    assert not silent, f"no docstring below the field of {', '.join(silent)} in config/schema.py"
+
+
+def test_the_page_is_in_step_with_the_schema() -> None:
+    assert PAGE.read_text(encoding="utf-8") == markdown(), (
+        "docs/keys.md is out of date: python -m seqrl.config.keys > docs/keys.md"
+    )
+
+
+def test_a_bar_in_a_text_does_not_end_its_cell() -> None:
+    lines = markdown().splitlines()
+    assert all(line.replace("\\|", "").count("|") == 5 for line in lines if line.startswith("|"))
