@@ -6,7 +6,7 @@ TORCH =
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet $(if $(TORCH),,--constraint constraints.txt)
 
-.PHONY: setup train test test-slow lint bench
+.PHONY: setup train test test-slow lint bench docs
 
 setup: .venv/.installed
 
@@ -33,3 +33,6 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.step
+
+docs: setup
+	$(BIN)/python -m seqrl.config.keys > docs/keys.md

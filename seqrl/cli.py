@@ -5,6 +5,7 @@ Nothing heavy is imported before a command is known: `seqrl --help` answers at o
 
 from __future__ import annotations
 
+import difflib
 import logging
 import shlex
 import sys
@@ -44,10 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"seqrl {__version__}")
         return 0
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    _show_warnings()
     try:
         if command not in COMMANDS:
-            raise UserError(f"no command `{command}`; choose one of {', '.join(COMMANDS)}")
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+            raise UserError(f"no command `{command}`; {hint}")
         if set(rest) & {"--help", "-h"}:
             print(HELP, end="")
             return 0
@@ -59,6 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("seqrl: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_warnings() -> None:
+    """Our own warnings as plain lines; other libraries keep their way of speaking."""
+    logger = logging.getLogger("seqrl")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("seqrl: warning: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def train(arguments: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> None:
     final = out / f"global_step_{config.trainer.total_training_steps}" / "huggingface"
 
     print("4. the trained model, loaded with plain transformers")
-    problems = list(rows(size=SHOWN_ANSWERS, split="test", seed=1))
+    problems = list(rows(size=SHOWN_ANSWERS, split="test"))
     before, after = (_sampled_answers(path, problems, options.seed) for path in (cold_start, final))
     shown = [
         BeforeAfter(p["prompt"][0]["content"], p["reward_model"]["ground_truth"], b, a)

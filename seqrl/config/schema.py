@@ -73,6 +73,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     """Where a decay ends, as a share of `lr`."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay of its two moments."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices only (not on norms and biases)."""
 
@@ -94,7 +95,7 @@ class ActorConfig:
     use_dynamic_bsz: bool = False
     """Fill micro-batches by tokens, up to `ppo_max_token_len_per_gpu`, instead of by count."""
     ppo_max_token_len_per_gpu: int = 16384
-    """Tokens per micro-batch (padding included) under `use_dynamic_bsz`; also for log-probs."""
+    """Tokens per micro-batch, prompts included, under `use_dynamic_bsz`; also for log-probs."""
     ppo_epochs: int = 1
     """Passes over each rollout batch."""
     shuffle: bool = False
@@ -134,8 +135,11 @@ class ValSamplingConfig:
     do_sample: bool = False
     """Sample; greedy where false."""
     temperature: float = 1.0
+    """As in `rollout`, under `do_sample`."""
     top_p: float = 1.0
+    """As in `rollout`, under `do_sample`."""
     top_k: int = -1
+    """As in `rollout`, under `do_sample`."""
 
 
 @dataclass
@@ -147,7 +151,10 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; training log-probs are taken at the same temperature."""
     top_p: float = 1.0
+    """Sample from the smallest set of likeliest tokens with this probability together; 1 switches it
+    off. Training log-probs do not see the cut."""
     top_k: int = -1
+    """Sample from so many likeliest tokens; -1 switches it off. Training log-probs do not see the cut."""
     max_num_seqs: int = 1024
     """Most responses decoded at once."""
     val_kwargs: ValSamplingConfig = field(default_factory=ValSamplingConfig)
@@ -192,15 +199,19 @@ class CustomRewardFunctionConfig:
 @dataclass
 class TrainerConfig:
     project_name: str = "seqrl"
+    """Part of the run's directory, and the project in W&B."""
     experiment_name: str = "default"
+    """Part of the run's directory, and the run's name in W&B and the report."""
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
     """The run's directory: checkpoints, metrics, resolved config, report."""
     logger: list[str] = field(default_factory=lambda: ["console"])
     """Where metrics go besides `metrics.jsonl`: `console`, `tensorboard`, `wandb`."""
     total_epochs: int = 30
+    """Passes over the training prompts, where `total_training_steps` is null."""
     total_training_steps: int | None = None
     """Rollout batches to train on; null: as many as `total_epochs` holds."""
     val_before_train: bool = True
+    """Validate before the first step."""
     test_freq: int = -1
     """Validate each so many steps, and after the last; -1: only after the last."""
     save_freq: int = -1
@@ -211,6 +222,7 @@ class TrainerConfig:
     """`auto` goes on from the newest checkpoint in `default_local_dir`, `disable` starts anew (and
     refuses a directory that holds a run), `resume_path` goes on from `resume_from_path`."""
     resume_from_path: str | None = None
+    """A `global_step_K` folder, under `resume_mode=resume_path`."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu` or `cuda`."""
     seed: int = 1
@@ -236,6 +248,7 @@ class SFTDataConfig:
     """Held-out prompts in verl's row schema (see `data` of `seqrl train`), answered greedily and
     scored by their verifier; empty for none."""
     prompt_key: str = "prompt"
+    """The column that holds the chat messages (or a plain string, taken as one user message)."""
     response_key: str = "answer"
     """The column that holds the answer to learn."""
     max_length: int = 1024
@@ -247,17 +260,21 @@ class SFTDataConfig:
     train_batch_size: int = 256
     """Rows per optimizer step."""
     max_token_len_per_gpu: int = 16384
-    """Tokens per micro-batch, padding included."""
+    """Tokens per micro-batch, prompts included."""
 
 
 @dataclass
 class SFTTrainerConfig:
     project_name: str = "seqrl"
+    """Part of the run's directory, and the project in W&B."""
     experiment_name: str = "sft"
+    """Part of the run's directory, and the run's name in W&B and the report."""
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
     """Where the trained model (a Hugging Face directory) and `metrics.jsonl` go."""
     logger: list[str] = field(default_factory=lambda: ["console"])
+    """Where metrics go besides `metrics.jsonl`: `console`, `tensorboard`, `wandb`."""
     total_epochs: int = 1
+    """Passes over the training rows, where `total_training_steps` is null."""
     total_training_steps: int | None = None
     """Optimizer steps; null: as many as `total_epochs` holds."""
     test_freq: int = -1
@@ -265,7 +282,9 @@ class SFTTrainerConfig:
     target_accuracy: float | None = None
     """Stop at the first evaluation that reaches this held-out accuracy; null: never early."""
     device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu` or `cuda`."""
     seed: int = 1
+    """Seed of the shuffle."""
 
 
 @dataclass

@@ -155,9 +155,9 @@ def _ratio(rows: Rows, clip_range: tuple[float, float] | None) -> Chart:
         q: [None if v is None else (v - 1) * 10**power for v in values] for q, values in quantiles.items()
     }
     rules = [-clip_range[0] * 10**power, clip_range[1] * 10**power] if clip_range else []
-    lowest, highest = _inner(near["min"], 0.03), _inner(near["max"], 0.97)
-    edges = [lowest, highest, *rules, *(v * 10**power for v in inner)]
-    kept = [edge for edge in edges if edge is not None]
+    # The clip range and the middle of the ratios are to be read; single far ones may leave the picture.
+    low, high = _inner(near["p10"], 0.03), _inner(near["p90"], 0.97)
+    kept = [2 * edge for edge in (low, high, *rules) if edge is not None]
     superscript = str(-power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return Chart(
         "Sequence ratio − 1",

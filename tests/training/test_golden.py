@@ -1,0 +1,66 @@
+"""Two GSPO steps from fixed seeds against numbers written down once: a change of meaning anywhere in
+packing, model, objective, loss or optimizer shows here first. Where the change is meant, write down the
+new numbers, and say in the commit why they moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from seqrl.config.schema import ActorConfig, OptimConfig, PolicyLossConfig
+from seqrl.training.base import update_metrics
+from seqrl.training.objective import PolicyObjective
+from seqrl.types import Batch
+
+NAMES = (
+    "actor/pg_loss",
+    "actor/grad_norm",
+    "actor/entropy",
+    "actor/ppo_kl",
+    "actor/kl_loss",
+    "actor/pg_clipfrac",
+    "actor/pg_clipfrac_low",
+    "actor/pg_clipfrac_lower",
+    "actor/seq_clipfrac",
+    "actor/seq_ratio_p50",
+)
+GOLDEN = {
+    "gspo": [
+        (0.519587, 3.404130, 3.245591, 0.246341, 1.094793, 7 / 37, 7 / 37, 0, 2 / 6, 0.712478),
+        (0.592090, 0.904814, 3.227495, 0.069229, 2.838076, 36 / 37, 20 / 37, 1 / 37, 4 / 6, 1.558032),
+    ],
+    "vanilla": [
+        (0.577219, 2.348695, 3.245591, 0.246341, 1.094793, 18 / 37, 12 / 37, 6 / 37, 5 / 6, 0.712478),
+        (0.354656, 1.159182, 3.333289, -0.124877, 0.779176, 26 / 37, 13 / 37, 7 / 37, 5 / 6, 1.016754),
+    ],
+}
+"""Of the first and the second step; 37 response tokens in 6 sequences."""
+
+
+@pytest.mark.parametrize("loss_mode", ["gspo", "vanilla"])
+def test_two_updates(
+    make_model: Callable[..., Any],
+    make_batch: Callable[..., Batch],
+    make_engine: Callable[..., Any],
+    loss_mode: str,
+) -> None:
+    config = ActorConfig(
+        policy_loss=PolicyLossConfig(loss_mode),
+        clip_ratio_low=0.1,
+        clip_ratio_high=0.15,
+        clip_ratio_c=2.0,
+        use_kl_loss=True,
+        kl_loss_coef=0.1,
+        entropy_coeff=0.01,
+    )
+    objective = PolicyObjective(config, max_response_length=16)
+    optim = OptimConfig(lr=1e-2, lr_warmup_steps=1, lr_scheduler_type="cosine")
+    engine = make_engine(make_model(), optim=optim, grad_clip=1.0, max_tokens=24)
+    batch = make_batch([(3, 9), (5, 1), (2, 0), (4, 14), (4, 7), (1, 6)])
+    for golden in GOLDEN[loss_mode]:
+        metrics = update_metrics([engine.update(batch, objective)])
+        assert {name: metrics[name] for name in NAMES} == pytest.approx(
+            dict(zip(NAMES, golden, strict=True)), rel=1e-5, abs=1e-5
+        )

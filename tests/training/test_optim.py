@@ -1,0 +1,104 @@
+"""AdamW, its schedule, and a state that goes on bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from seqrl.config.schema import OptimConfig
+from seqrl.errors import UserError
+from seqrl.training.optim import learning_rate, load_optimizer_tensors, make_adamw, optimizer_tensors
+
+
+def schedule(total: int, **settings: object) -> list[float]:
+    config = OptimConfig(lr=8.0, **settings)  # type: ignore[arg-type]
+    return [learning_rate(config, step, total) for step in range(total)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [8, 8, 8, 8]),
+        ({"lr_warmup_steps": 2}, [4, 8, 8, 8]),
+        ({"lr_warmup_steps_ratio": 0.5}, [4, 8, 8, 8]),
+        ({"lr_warmup_steps": 0, "lr_warmup_steps_ratio": 0.5}, [8, 8, 8, 8]),
+        ({"lr_warmup_steps": 9}, [8 / 9, 16 / 9, 24 / 9, 32 / 9]),
+        ({"lr_scheduler_type": "linear"}, [8, 6, 4, 2]),
+        ({"lr_scheduler_type": "linear", "min_lr_ratio": 0.5}, [8, 7, 6, 5]),
+        ({"lr_scheduler_type": "linear", "lr_warmup_steps": 2}, [4, 8, 8, 4]),
+        ({"lr_scheduler_type": "cosine"}, [8 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+        (
+            {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.25},
+            [2 + 6 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)],
+        ),
+    ],
+)
+def test_schedules_by_value(settings: dict[str, object], expected: list[float]) -> None:
+    assert schedule(4, **settings) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("kind", "end"), [("linear", 0.8), ("cosine", 0.8), ("constant", 8.0)])
+def test_past_its_end_a_schedule_stays_at_its_end(kind: str, end: float) -> None:
+    config = OptimConfig(lr=8.0, lr_scheduler_type=kind, min_lr_ratio=0.1)
+    assert [learning_rate(config, step, 4) for step in (4, 5, 400)] == pytest.approx([end] * 3)
+
+
+def make_net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
+
+
+def test_matrices_are_decayed_and_norms_and_biases_are_not() -> None:
+    net = make_net()
+    net[2].weight.requires_grad_(False)
+    optimizer = make_adamw(net, OptimConfig(lr=0.1, weight_decay=0.5, betas=[0.8, 0.95]))
+    decayed, kept = optimizer.param_groups
+    assert [id(p) for p in decayed["params"]] == [id(net[0].weight)], "and frozen ones are not there at all"
+    assert {id(p) for p in kept["params"]} == {id(net[0].bias), id(net[1].weight), id(net[1].bias)}
+    assert decayed["betas"] == kept["betas"] == (0.8, 0.95)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(net[0].weight.detach(), before["0.weight"] * (1 - 0.1 * 0.5))
+    assert torch.equal(net[0].bias, before["0.bias"]) and torch.equal(net[1].weight, before["1.weight"])
+
+
+def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        loss = net(torch.randn(5, 3, generator=generator)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_restored_it_goes_on_bit_for_bit() -> None:
+    config = OptimConfig(lr=0.01)
+    net = make_net()
+    optimizer = make_adamw(net, config)
+    steps(net, optimizer, range(3))
+    saved = {name: value.clone() for name, value in optimizer_tensors(net, optimizer).items()}
+    weights = {name: value.clone() for name, value in net.state_dict().items()}
+    assert set(saved) == {
+        f"{name}:{field}" for name in weights for field in ("step", "exp_avg", "exp_avg_sq")
+    }
+    steps(net, optimizer, range(3, 6))
+
+    other = make_net()
+    other_optimizer = make_adamw(other, config)
+    steps(other, other_optimizer, range(50, 52))  # a state of its own, to be overwritten
+    other.load_state_dict(weights)
+    load_optimizer_tensors(other, other_optimizer, saved)
+    assert all(torch.equal(saved[k], v) for k, v in optimizer_tensors(other, other_optimizer).items())
+    steps(other, other_optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert saved["0.weight:step"] == 3, "the tensors it was given are left alone"
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    net = make_net()
+    with pytest.raises(UserError, match=r"optimizer state holds 7\.weight"):
+        load_optimizer_tensors(net, make_adamw(net, OptimConfig()), {"7.weight:exp_avg": torch.zeros(1)})

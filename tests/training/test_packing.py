@@ -1,0 +1,139 @@
+"""Micro-batches within their budget, and a flat row in which sequences do not see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqrl.errors import UserError
+from seqrl.training.model import check_flat_forward
+from seqrl.training.packing import Layout, by_count, by_tokens
+from seqrl.types import to_offsets
+
+LENGTHS = [5, 13, 1, 8, 13]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 80))
+def test_by_tokens_takes_each_sequence_once_and_keeps_to_the_budget(lengths: list[int], budget: int) -> None:
+    parts = by_tokens(lengths, budget)
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    assert all(len(part) == 1 or sum(lengths[i] for i in part) <= budget for part in parts)
+
+
+def test_by_tokens_puts_the_longest_first_and_like_with_like() -> None:
+    assert by_tokens([3, 9, 4, 9, 2], 18) == [[1, 3], [2, 0, 4]]
+    assert by_tokens([3, 30, 4], 10) == [[1], [2, 0]], "one longer than the budget goes alone"
+
+
+def test_by_count_splits_in_order() -> None:
+    assert by_count(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert by_count(2, 8) == [[0, 1]]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [4, 4, 4], [7]])
+def test_what_a_layout_pads_it_flattens_again(lengths: list[int]) -> None:
+    layout = Layout.of(to_offsets(torch.tensor(lengths)))
+    total = sum(lengths)
+    x = torch.arange(2 * total * 3.0).reshape(1, 2, total, 3)  # [1, H, T, D]
+    padded = layout.pad(x)
+    assert padded.shape == (len(lengths), 2, max(lengths), 3)
+    start = 0
+    for row, length in enumerate(lengths):
+        assert torch.equal(padded[row, :, :length], x[0, :, start : start + length])
+        assert layout.positions[start : start + length].tolist() == list(range(length))
+        start += length
+    assert torch.equal(layout.flatten(padded), x.transpose(1, 2))
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {},
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [*FAMILIES.items(), ("qwen2", SLIDING)],
+    ids=[*FAMILIES, "qwen2 with a sliding window"],
+)
+def test_flat_logits_are_transformers_own_of_each_sequence_alone(
+    make_model: Callable[..., Any], family: str, overrides: dict[str, Any]
+) -> None:
+    ours = make_model(family, **overrides)
+    theirs = make_model(family, attention="sdpa", **overrides)
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.randint(1, 48, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    layout = Layout.of(to_offsets(torch.tensor(LENGTHS)))
+    with torch.no_grad():
+        flat = ours(tokens[None], position_ids=layout.positions[None], use_cache=False, layout=layout).logits
+        alone = [theirs(part[None], use_cache=False).logits for part in tokens.split(LENGTHS)]
+    assert flat.std() > 0.1
+    torch.testing.assert_close(flat, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sliding_window_is_seen(make_model: Callable[..., Any]) -> None:
+    """Else the test above would pass with the window forgotten on both sides."""
+    tokens = torch.arange(1, 14)
+    layout = Layout.of(torch.tensor([0, 13]))
+    with torch.no_grad():
+        without, within = (
+            make_model("qwen2", **overrides)(
+                tokens[None], position_ids=layout.positions[None], use_cache=False, layout=layout
+            ).logits
+            for overrides in ({}, SLIDING)
+        )
+    torch.testing.assert_close(without[:, :4], within[:, :4])
+    assert (without[:, 5:] - within[:, 5:]).abs().max() > 1e-3
+
+
+def test_the_flat_models_own_forward_is_untouched(make_model: Callable[..., Any]) -> None:
+    """Called as anyone would call it, with padding on the left or without, it is transformers' own."""
+    ours, theirs = make_model("qwen3"), make_model("qwen3", attention="sdpa")
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        for arguments in ({}, {"attention_mask": mask}):
+            one, other = (model(tokens, **arguments).logits[:, 2:] for model in (ours, theirs))
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_we_train_pass_the_check(make_model: Callable[..., Any], family: str) -> None:
+    check_flat_forward(make_model(family))
+
+
+class Leaky(torch.nn.Module):
+    """A model that mixes each token with those before it, whatever sequence they belong to."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **arguments: Any) -> Any:
+        out = self.model(**arguments)
+        out.logits = out.logits.cumsum(1)
+        return out
+
+
+def test_a_model_whose_sequences_see_each_other_is_refused(make_model: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"Leaky lets sequences of one micro-batch see each other \(.*%\)"):
+        check_flat_forward(Leaky(make_model("qwen3")))
+
+
+def test_a_recurrent_model_is_refused() -> None:
+    """A real one: Mamba carries its state along the row."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 32}
+    with pytest.raises((UserError, TypeError)):
+        check_flat_forward(MambaForCausalLM(MambaConfig(**sizes)))
