@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import DynamicCache, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -32,19 +33,10 @@ class NoText:
 
 def build_model(experts: int, top_k: int, dtype: torch.dtype) -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        norm_topk_prob=True,
-    )
+    sizes = {"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    moe = {"num_experts": experts, "num_experts_per_tok": top_k, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(num_hidden_layers=4, **sizes, **heads, **moe)
     return Qwen3MoeForCausalLM(config).to(dtype).eval()
 
 
@@ -84,20 +76,18 @@ def main() -> None:
             **inputs, generation_config=generation, past_key_values=DynamicCache(config=model.config)
         )
 
-    tokens = args.prompts * args.n * args.new_tokens
-    turns = []
-    for turn in range(args.turns + 1):
-        seconds = []
-        for run in (native, transformers):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        if turn:  # the first warms up
-            turns.append(seconds)
-    ours, theirs, ratios = [a for a, _ in turns], [b for _, b in turns], [b / a for a, b in turns]
-    for name, times in (("native", ours), ("transformers generate", theirs)):
-        per_step = 1e3 * statistics.median(times) / args.new_tokens
-        print(f"{name}: {tokens / statistics.median(times):.0f} tokens/s, {per_step:.2f} ms per step")
+    def seconds(run: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    turns = [(seconds(native), seconds(transformers)) for _ in range(args.turns + 1)][
+        1:
+    ]  # the first warms up
+    for name, times in zip(("native", "transformers generate"), zip(*turns, strict=True), strict=True):
+        step = statistics.median(times) / args.new_tokens
+        print(f"{name}: {args.prompts * args.n / step:.0f} tokens/s, {1e3 * step:.2f} ms per step")
+    ratios = [theirs / ours for ours, theirs in turns]
     print(f"ratio: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
 
 

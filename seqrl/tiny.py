@@ -32,7 +32,7 @@ def write_tiny_model(directory: Path, *, seed: int, **overrides: Any) -> None:
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,

@@ -58,7 +58,10 @@ def test_a_bad_command_line(refused: Any, arguments: list[str], says: list[str])
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ({f"{ACTOR}.ppo_mini_bach_size": 2}, [f"{ACTOR}.ppo_mini_bach_size", f"{ACTOR}.ppo_mini_batch_size?"]),
+        (
+            {f"{ACTOR}.ppo_mini_bach_size": 2},
+            [f"{ACTOR}.ppo_mini_bach_size", f"{ACTOR}.ppo_mini_batch_size?"],
+        ),
         ({"data.train_batch_size": "four"}, ["data.train_batch_size=four", "a whole number"]),
         ({f"{ACTOR}.optim.lr": "fast"}, [f"{ACTOR}.optim.lr=fast", "a number"]),
         ({"data.train_files": "no/such.jsonl"}, ["data.train_files", "no/such.jsonl"]),
@@ -118,7 +121,9 @@ def test_a_reward_function_at_fault_is_named_with_the_sample(
     file = tmp_path / "reward.py"
     file.write_text(f"def compute_score(data_source, solution_str, ground_truth, extra_info):\n    {code}\n")
     line = refused(
-        train_arguments(tmp_path / "run", custom_reward_function__path=file, trainer__val_before_train="false")
+        train_arguments(
+            tmp_path / "run", custom_reward_function__path=file, trainer__val_before_train="false"
+        )
     )
     assert "sample chained_arithmetic:" in line, "the sample is named as task:index"
     assert all(words in line for words in says), line
@@ -142,7 +147,9 @@ def process(arguments: list[str], module: str = "seqrl.cli") -> subprocess.Compl
 def test_a_real_process_says_the_same(train_arguments: Any, tmp_path: Path) -> None:
     done = process(train_arguments(tmp_path / "run", trainer__toal_epochs=1))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "seqrl: error: unknown key trainer.toal_epochs; did you mean trainer.total_epochs?\n"
+    assert (
+        done.stderr == "seqrl: error: unknown key trainer.toal_epochs; did you mean trainer.total_epochs?\n"
+    )
     other_name = process(["trainer.toal_epochs=1"], module="seqrl.trainer.main_ppo")
     assert (other_name.returncode, other_name.stderr) == (2, done.stderr)
 

@@ -154,6 +154,7 @@ def lives(
             custom_reward_function__path=reward_file,
             data__val_files="chained_arithmetic:?size=4&split=test",
             actor_rollout_ref__actor__shuffle="true",
+            actor_rollout_ref__actor__use_kl_loss="true",  # the reference must not move on resume
             actor_rollout_ref__actor__optim__lr_scheduler_type="cosine",
             trainer__total_training_steps=STEPS,
             trainer__save_freq=SAVE_EVERY,

@@ -71,7 +71,7 @@ def test_greedy_equals_transformers_generate(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_neox"])
 def test_a_response_does_not_depend_on_its_batch(name: str) -> None:
-    model, sampling = build(name), SamplingParams(max_new_tokens=40, n=6)
+    model, sampling = build(name), SamplingParams(max_new_tokens=24, n=6)
     prompts = make_prompts(LENGTHS)
     together = rollouts(model, sampling, prompts=prompts)
     for max_num_seqs in (1, 4, 13):  # groups split, one group a wave, two groups a wave
@@ -81,7 +81,7 @@ def test_a_response_does_not_depend_on_its_batch(name: str) -> None:
             assert a.tokens.tolist() == b.tokens.tolist()
     alone = rollouts(model, sampling, prompts=[prompts[2]])
     others = rollouts(model, sampling, prompts=[*make_prompts([2, 20, 7], seed=5), prompts[2]])
-    fewer = rollouts(model, SamplingParams(max_new_tokens=40, n=2), prompts=[prompts[2]])
+    fewer = rollouts(model, SamplingParams(max_new_tokens=24, n=2), prompts=[prompts[2]])
     expected = [r.tokens.tolist() for r in together[12:18]]
     assert [r.tokens.tolist() for r in alone] == expected
     assert [r.tokens.tolist() for r in others[18:]] == expected
@@ -109,9 +109,9 @@ def test_every_end_of_sequence_id_ends_a_response() -> None:
     model = build("qwen3")
     model.generation_config.eos_token_id = [5, 7]
     model.config.eos_token_id = 9
-    ends = {int(r.tokens[-1]) for r in rollouts(model, SamplingParams(40, n=40)) if r.finished}
+    ends = {int(r.tokens[-1]) for r in rollouts(model, SamplingParams(30, n=30)) if r.finished}
     assert ends == {5, 7, 9, EOS}
-    for r in rollouts(model, SamplingParams(40, n=40)):
+    for r in rollouts(model, SamplingParams(30, n=30)):
         assert not set(r.tokens[:-1].tolist()) & {5, 7, 9, EOS}
 
 
@@ -169,7 +169,7 @@ def test_a_parameter_native_does_not_read_falls_back() -> None:
 def test_the_model_is_read_anew_and_left_as_it_was(name: str) -> None:
     model = build(name).train()
     model.gradient_checkpointing_enable()
-    next(model.children()).eval()  # a mixture of flags
+    model.base_model.layers[0].eval()  # a mixture of flags
     next(model.parameters()).requires_grad_(False)
 
     def state() -> tuple[Any, ...]:

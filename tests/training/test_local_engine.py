@@ -42,9 +42,7 @@ def gradients(engine: Any, batch: Batch, objective: Objective = GSPO) -> dict[st
     return seen
 
 
-def assert_alike(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], **tolerance: float
-) -> None:
+def assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], **tolerance: float) -> None:
     assert ours.keys() == theirs.keys() and ours
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
@@ -172,4 +170,6 @@ def test_the_state_is_enough_for_json_and_safetensors(
     engine.update(batch, GSPO)
     state = engine.state()
     assert json.loads(json.dumps(state.extra)) == {"optimizer_steps": 1}
-    assert all(isinstance(value, torch.Tensor) for value in [*state.model.values(), *state.optimizer.values()])
+    assert all(
+        isinstance(value, torch.Tensor) for value in [*state.model.values(), *state.optimizer.values()]
+    )

@@ -22,7 +22,13 @@ CPU = torch.device("cpu")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     write_tiny_model(
-        path, seed=1, hidden_size=32, num_hidden_layers=2, num_experts=4, moe_intermediate_size=32, head_dim=16
+        path,
+        seed=1,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_experts=4,
+        moe_intermediate_size=32,
+        head_dim=16,
     )
     return path
 
@@ -88,10 +94,10 @@ def test_an_architecture_nobody_knows(directory: Path, tmp_path: Path) -> None:
     assert "cannot load the" in line and "oracle" in line
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_hidden_layers": 3}], ids=["shape", "missing layer"])
-def test_weights_that_do_not_fit_the_config(
-    directory: Path, tmp_path: Path, change: dict[str, int]
-) -> None:
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 64}, {"num_hidden_layers": 3}], ids=["shape", "missing layer"]
+)
+def test_weights_that_do_not_fit_the_config(directory: Path, tmp_path: Path, change: dict[str, int]) -> None:
     """Transformers would draw what is missing at random, and train it."""
     without(directory, "config.json", to=tmp_path)
     config = json.loads((directory / "config.json").read_text()) | change

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_kl_and_entropy_terms_by_hand(batch: Batch) -> None:
         return float(objective("vanilla", **terms)(logprobs, entropy, batch, counts)[0])
 
     assert batch.ref_logprobs is not None
-    difference = [x - y for x, y in zip(logprobs.tolist(), sum(responses(batch, batch.ref_logprobs), []))]
+    difference = (logprobs - batch.ref_logprobs[batch.response_mask]).tolist()
     estimates = {
         "kl": difference,
         "mse": [d * d / 2 for d in difference],
@@ -106,7 +107,8 @@ def test_metrics_by_hand(batch: Batch) -> None:
 
     log_ratios = responses(batch, logprobs - batch.old_logprobs)
     advantages = responses(batch, batch.advantages)
-    tokens = [(d, a) for ds, As in zip(log_ratios, advantages) for d, a in zip(ds, As)]
+    flat = [[x for response in values for x in response] for values in (log_ratios, advantages)]
+    tokens = list(zip(*flat, strict=True))
     low = [a < 0 and math.exp(d) < 0.9 for d, a in tokens]
     high = [a > 0 and math.exp(d) > 1.1 for d, a in tokens]
     dual = [a < 0 and math.exp(d) > 1.2 for d, a in tokens]
@@ -114,7 +116,7 @@ def test_metrics_by_hand(batch: Batch) -> None:
     edges = [sum(r for _, r in LENGTHS[:i]) for i in range(N + 1)]
 
     def by_sequence(flags: list[bool]) -> float:
-        return sum(any(flags[a:b]) for a, b in zip(edges, edges[1:])) / N
+        return sum(any(flags[a:b]) for a, b in pairwise(edges)) / N
 
     sequence_ratios = sorted(math.exp(sum(d) / max(len(d), 1)) for d in log_ratios)
     expected = {
@@ -126,7 +128,7 @@ def test_metrics_by_hand(batch: Batch) -> None:
         "actor/pg_clipfrac_low": sum(low) / 13,
         "actor/pg_clipfrac_high": sum(high) / 13,
         "actor/pg_clipfrac_lower": sum(dual) / 13,
-        "actor/seq_clipfrac": by_sequence([x or y for x, y in zip(low, high)]),
+        "actor/seq_clipfrac": by_sequence([x or y for x, y in zip(low, high, strict=True)]),
         "actor/seq_clipfrac_low": by_sequence(low),
         "actor/seq_clipfrac_high": by_sequence(high),
         "actor/seq_ratio_min": sequence_ratios[0],

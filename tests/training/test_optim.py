@@ -47,7 +47,9 @@ def test_past_its_end_a_schedule_stays_at_its_end(kind: str, end: float) -> None
 
 def make_net() -> torch.nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False))
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2, bias=False)
+    )
 
 
 def test_matrices_are_decayed_and_norms_and_biases_are_not() -> None:
