@@ -1,4 +1,4 @@
-"""How fast each of transformers' mixture-of-experts forwards trains: forward and backward of a mini-batch.
+"""How fast each way to compute mixture-of-experts layers trains: forward and backward of a mini-batch.
 
     python -m benchmarks.experts [--turns 5]
 
@@ -24,7 +24,7 @@ from seqrl.training.model import load_model
 from seqrl.training.objective import Likelihood
 from seqrl.types import Batch
 
-IMPLEMENTATIONS = ("eager", "grouped_mm")
+IMPLEMENTATIONS = ("eager", "grouped_mm", "sorted")
 """Without `batched_mm`, which copies each token's experts and takes tens of times as long on CPU."""
 MODELS = {
     "quickstart (8 experts, top-2)": {},
@@ -46,7 +46,7 @@ def main() -> None:
     for name, overrides in MODELS.items():
         for dtype in (torch.float32, torch.bfloat16):
             seconds = measure(overrides, dtype, turns)
-            base = statistics.median(seconds["eager"])
+            base = statistics.median(seconds["grouped_mm"])
             line = ", ".join(
                 f"{impl} {statistics.median(times) * 1000:.0f} ms ({statistics.median(times) / base:.2f}x)"
                 for impl, times in seconds.items()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -29,9 +30,8 @@ from typing import Any
 
 import torch
 
-PROMPTS, RESPONSES, MAX_TOKENS, MINI_BATCHES = 32, 8, 64, 4
+PROBLEMS, PROMPTS, RESPONSES, MAX_TOKENS, MINI_BATCHES = 3000, 32, 8, 64, 4
 CLIP_LOW, CLIP_HIGH, LEARNING_RATE = 3e-4, 4e-4, 5e-5
-PROBLEMS = 3000
 STAGES = ("generation", "old log-probs", "update", "rest")
 WORKLOADS = {
     "random": "Untrained weights: most responses run to the limit.",
@@ -56,8 +56,8 @@ class Stopwatch:
 
     def iteration(self, response_length: float, stages: Mapping[str, float]) -> Iteration:
         seconds, processor = time.perf_counter() - self.start, time.process_time() - self.processor_start
-        rest = seconds - sum(stages.values())
-        return Iteration(seconds, processor, response_length, {**stages, "rest": rest})
+        stages = {**stages, "rest": seconds - sum(stages.values())}
+        return Iteration(seconds, processor, response_length, stages)
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any) -> float:
@@ -98,8 +98,8 @@ class Seqrl:
         clock, watch = Clock(), Stopwatch()
         _, metrics = self.trainer.train_step(clock)
         self.trainer.step += 1
-        names = {"generation": "gen", "old log-probs": "old_log_prob", "update": "update_actor"}
-        stages = {stage: clock.seconds[name] for stage, name in names.items()}
+        names = ("gen", "old_log_prob", "update_actor")
+        stages = {stage: clock.seconds[name] for stage, name in zip(STAGES, names, strict=False)}
         return watch.iteration(metrics["response_length/mean"], stages)
 
 
@@ -129,12 +129,13 @@ def trl_trainer(model: Path, directory: Path, experts: str, iterations: int) -> 
                 return super()._generate_single_turn(*args, **kwargs)
 
         def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-            with self._timed("update log-probs" if torch.is_grad_enabled() else "old log-probs"):
+            with self._timed("new log-probs" if torch.is_grad_enabled() else "old log-probs"):
                 return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [compute_score("", completion[0]["content"], "", {}) for completion in completions]
 
+    # Its defaults: one pass over a batch, temperature 1, no KL, cut responses count, norm clipped at 1.
     config = GRPOConfig(
         output_dir=str(directory),
         use_cpu=True,
@@ -143,27 +144,20 @@ def trl_trainer(model: Path, directory: Path, experts: str, iterations: int) -> 
         per_device_train_batch_size=PROMPTS * RESPONSES // MINI_BATCHES,
         steps_per_generation=MINI_BATCHES,
         num_generations=RESPONSES,
-        num_iterations=1,
         max_steps=MINI_BATCHES * iterations,
         max_completion_length=MAX_TOKENS,
-        temperature=1.0,
         importance_sampling_level="sequence",
         loss_type="grpo",
-        beta=0.0,
         epsilon=CLIP_LOW,
         epsilon_high=CLIP_HIGH,
-        mask_truncated_completions=False,
         router_aux_loss_coef=0.0,  # seqrl has no such loss, so TRL is spared it
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
         weight_decay=0.0,
-        max_grad_norm=1.0,
         logging_strategy="no",
         save_strategy="no",
-        report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
     policy.set_experts_implementation(experts)
@@ -183,8 +177,7 @@ def take_turns(trainer: Any, then: Callable[[], None]) -> list[Iteration]:
     iterations: list[Iteration] = []
 
     class Turns(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            trainer.stages, self.watch = {}, Stopwatch()
+        watch = Stopwatch()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % MINI_BATCHES:
@@ -197,17 +190,16 @@ def take_turns(trainer: Any, then: Callable[[], None]) -> list[Iteration]:
             then()
             trainer.stages, self.watch = {}, Stopwatch()
 
+    trainer.stages = {}
     trainer.add_callback(Turns())
     trainer.train()
     return iterations
 
 
-def measure(
-    model: Path, directory: Path, args: argparse.Namespace, compare: bool
-) -> dict[str, list[Iteration]]:
+def measure(model: Path, directory: Path, args: argparse.Namespace) -> dict[str, list[Iteration]]:
     """Iterations by trainer, those of the warm-up left out."""
     seqrl, ours, count = Seqrl(model, directory / "seqrl"), [], args.warmup + args.iterations
-    if not compare:
+    if not args.compare:
         return {"seqrl": [seqrl.iterate() for _ in range(count)][args.warmup :]}
     trainer = trl_trainer(model, directory / "trl", args.trl_experts, count)
     theirs = take_turns(trainer, then=lambda: ours.append(seqrl.iterate()))
@@ -225,13 +217,9 @@ def write_model(workload: str, directory: Path) -> Path:
     if workload == "random":
         return model
     solutions.write_text("".join(json.dumps(row) + "\n" for row in worked_rows(size=16384, seed=1)))
-    arguments = [
-        f"model.path={model}",
-        f"data.train_files={solutions}",
-        f"trainer.default_local_dir={directory / 'sft'}",
-        "trainer.logger=[]",
-    ]
-    if seqrl(["sft", "--config-name=quickstart_sft", *arguments]):
+    files = [f"model.path={model}", f"data.train_files={solutions}"]
+    run = [f"trainer.default_local_dir={directory / 'sft'}", "trainer.logger=[]"]
+    if seqrl(["sft", "--config-name=quickstart_sft", *files, *run]):
         raise SystemExit("the cold start failed")
     return directory / "sft" / "huggingface"
 
@@ -246,10 +234,7 @@ def to_markdown(setting: Mapping[str, Any], runs: Mapping[str, Mapping[str, list
     ]
     for workload, sides in runs.items():
         lines += ["", f"## {workload}\n", f"{WORKLOADS[workload]}\n"]
-        lines += [
-            f"| | iteration | {' | '.join(STAGES)} | processor | mean response, tokens |",
-            "|---" * 8 + "|",
-        ]
+        lines += [f"| | iteration | {' | '.join(STAGES)} | processor | response, tokens |", "|---" * 8 + "|"]
         for name, turns in sides.items():
             stages = [median(turn.stages[stage] for turn in turns) for stage in STAGES]
             processor = median(turn.processor_seconds for turn in turns)
@@ -259,31 +244,28 @@ def to_markdown(setting: Mapping[str, Any], runs: Mapping[str, Mapping[str, list
         if "trl" in sides:
             pairs = list(zip(sides["trl"], sides["seqrl"], strict=True))
             ratios = sorted(a.seconds / b.seconds for a, b in pairs)
+            lines.append(f"\n**TRL takes {median(ratios):.2f} times as long**, in a turn {ratios[0]:.2f}")
             processor = median(a.processor_seconds / b.processor_seconds for a, b in pairs)
-            text = f"**TRL takes {median(ratios):.2f} times as long**, turn by turn from {ratios[0]:.2f} to "
-            lines += ["", f"{text}{ratios[-1]:.2f}; {processor:.2f} times the processor time."]
+            lines.append(f"to {ratios[-1]:.2f}; {processor:.2f} times the processor time.")
     return "\n".join(lines) + "\n"
 
 
-def describe(args: argparse.Namespace, compare: bool) -> dict[str, Any]:
+def describe(args: argparse.Namespace) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     names = [x for x in cpuinfo.read_text().splitlines() if "model name" in x] if cpuinfo.exists() else []
-    packages = ["seqrl", "torch", "transformers", *(["trl"] if compare else [])]
+    processor = names[0].split(":")[1].strip() if names else platform.machine()
+    packages = ["seqrl", "torch", "transformers", *(["trl"] if args.compare else [])]
     return {
         "date": datetime.date.today().isoformat(),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
-        "processor": f"{names[0].split(':')[1].strip() if names else platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
+        "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, float32",
         "turns": f"{args.iterations} each, in alternation, after {args.warmup} to warm up",
-        "TRL's experts_implementation": args.trl_experts if compare else "TRL is not installed",
+        "TRL's experts_implementation": args.trl_experts if args.compare else "TRL is not installed",
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
     parser.add_argument("--iterations", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
@@ -292,28 +274,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    try:
-        import trl  # noqa: F401
-    except ImportError as error:
-        compare = False
-        print(f"*** NO COMPARISON, seqrl alone is measured: {error} ***", file=sys.stderr)
-        print("*** TRL comes with: pip install 'seqrl[bench]' ***", file=sys.stderr)
-    else:
-        compare = True
-    setting, load = describe(args, compare), os.getloadavg()[0]
+    args.compare = importlib.util.find_spec("trl") is not None
+    if not args.compare:
+        print("*** NO COMPARISON: TRL is not installed, seqrl alone is measured. ***", file=sys.stderr)
+        print("*** It comes with: pip install 'seqrl[bench]' ***", file=sys.stderr)
+    setting, load = describe(args), os.getloadavg()[0]
     runs: dict[str, dict[str, list[Iteration]]] = {}
     for workload in args.workload:
         with tempfile.TemporaryDirectory() as scratch:
-            runs[workload] = measure(write_model(workload, Path(scratch)), Path(scratch), args, compare)
+            runs[workload] = measure(write_model(workload, Path(scratch)), Path(scratch), args)
     setting["load average"] = f"{load:.1f} before, {os.getloadavg()[0]:.1f} after"
-    report = to_markdown(setting, runs)
-    print(report)
+    print(report := to_markdown(setting, runs))
     turns = {w: {side: [asdict(t) for t in ts] for side, ts in sides.items()} for w, sides in runs.items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".md").write_text(report)
-    args.out.with_suffix(".json").write_text(
-        json.dumps({"setting": setting, "turns": turns}, indent=1) + "\n"
-    )
+    args.out.with_suffix(".json").write_text(json.dumps(setting | {"turns": turns}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

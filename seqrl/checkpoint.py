@@ -190,6 +190,15 @@ class RunLock:
         self._file.close()
 
 
+def seed_rng(seed: int) -> None:
+    """Every global random generator, so that what a user's own code draws is the same in each run."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """The state of every global random generator, ready to be a part of `save`'s `state`."""
     import numpy

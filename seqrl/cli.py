@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"seqrl {__version__}")
         return 0
-    _show_warnings()
+    logger = logging.getLogger("seqrl")
+    if not logger.handlers:
+        logger.addHandler(_Warnings())
     try:
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
@@ -64,14 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show_warnings() -> None:
+class _Warnings(logging.Handler):
     """Our own warnings as plain lines; other libraries keep their way of speaking."""
-    logger = logging.getLogger("seqrl")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("seqrl: warning: %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"seqrl: warning: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -125,6 +124,7 @@ def run_train(config: Config, *, again: str) -> bool:
         logging.getLogger(__name__).warning(line)
     run_dir = Path(config.trainer.default_local_dir)
     with checkpoint.RunLock(run_dir), StopRequest() as stop:
+        checkpoint.seed_rng(config.trainer.seed)
         trainer = build_trainer(config)
         found = checkpoint.find(
             run_dir, mode=config.trainer.resume_mode, path=config.trainer.resume_from_path
@@ -148,6 +148,8 @@ def run_train(config: Config, *, again: str) -> bool:
     finished = trainer.step == trainer.total_steps
     if finished:
         print(f"step {trainer.step} of {trainer.total_steps} is done; report: {run_dir / 'report.html'}")
+    elif trainer.step == 0:
+        print(f"{stop.received}: no step was taken yet; start again with: {again}")
     else:
         print(f"{stop.received}: step {trainer.step} is finished and saved; go on with: {again}")
     return finished

@@ -54,12 +54,14 @@ def write_tiny_model(directory: Path, *, seed: int, **overrides: Any) -> None:
 
 
 def make_tokenizer() -> Any:
-    """One token a byte, and one for each role, the end of a message and padding."""
+    """One token a byte, one for each two-digit number, each role, the end of a message and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    pairs = [(tens, ones) for tens in "123456789" for ones in "0123456789"]
+    tokens = [*alphabet, *(tens + ones for tens, ones in pairs)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

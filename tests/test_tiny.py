@@ -60,8 +60,8 @@ def test_the_seed_decides_the_weights_and_leaves_the_generator_alone(directory: 
 def test_the_tokenizer_takes_any_text_and_gives_it_back(text: str) -> None:
     tokenizer = make_tokenizer()
     tokens = tokenizer(text)["input_ids"]
-    assert len(tokens) == len(text.encode()), "one token a byte"
     assert tokenizer.decode(tokens) == text
+    assert 0 < len(tokens) <= len(text.encode()), "a token holds at least a byte"
 
 
 def test_the_chat_template_marks_who_speaks_and_where_the_answer_begins() -> None:

@@ -22,7 +22,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
 KL_ESTIMATORS = ("kl", "mse", "low_var_kl")
 
 # Allowed words in the sections that both commands have; the tables below say where the sections stand.
-MODEL_WORDS = {"experts_implementation": ("eager", "grouped_mm", "batched_mm")}
+MODEL_WORDS = {"experts_implementation": ("sorted", "eager", "grouped_mm", "batched_mm")}
 OPTIM_WORDS = {"optimizer": ("AdamW",), "lr_scheduler_type": ("constant", "cosine", "linear")}
 FSDP_WORDS = {"model_dtype": ("fp32", "bf16"), "dtype": ("float32", "bfloat16")}
 TRAINER_WORDS = {"device": ("auto", "cpu", "cuda"), "logger": ("console", "tensorboard", "wandb")}

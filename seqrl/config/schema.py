@@ -48,8 +48,8 @@ class ModelConfig:
     enable_gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     experts_implementation: str | None = None
-    """Transformers' mixture-of-experts forward: `eager`, `grouped_mm` or `batched_mm`; null takes
-    the fastest measured for the device (see docs/performance.md)."""
+    """How mixture-of-experts layers are computed in training: `sorted` (ours, for CPUs), or transformers'
+    `eager`, `grouped_mm` or `batched_mm`; null: `sorted` on a CPU, `grouped_mm` elsewhere."""
 
 
 @dataclass

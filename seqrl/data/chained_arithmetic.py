@@ -21,9 +21,9 @@ from typing import Any
 from seqrl.errors import UserError
 
 DATA_SOURCE = "chained_arithmetic"
-FORGOTTEN_CARRY_RATE = 0.6
+FORGOTTEN_CARRY_RATE = 0.55
 """How often a worked step that carries or borrows forgets it."""
-OFF_BY_ONE_RATE = 0.1
+OFF_BY_ONE_RATE = 0.14
 """How often any other worked step is off by one. Together: about 30% of the steps are wrong."""
 HELD_OUT_SHARE = 1 / 8
 MAX_DRAWS_IN_VAIN = 20_000

@@ -69,7 +69,7 @@ class Trainer:
 
     def fit(self, trackers: Trackers, stop: StopRequest) -> None:
         """Trains up to `total_steps`, or to the end of the step in which `stop` is received."""
-        if self.step == 0 and self.config.trainer.val_before_train:
+        if self.step == 0 and self.config.trainer.val_before_train and self.parts.val_prompts:
             trackers.log(self.validate(), 0)
         try:
             while self.step < self.total_steps and stop.received is None:

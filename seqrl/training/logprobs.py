@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqrl.training.packing import Layout
 from seqrl.types import Batch
@@ -20,19 +22,34 @@ def response_logprobs(
     these are the log-probs of the distribution the tokens were drawn from.
 
     Returns:
-        Two float32 tensors [R], R response tokens in the order of `part.tokens[part.response_mask]`;
-        the entropy carries gradient only if asked to.
+        Two tensors [R], R response tokens in the order of `part.tokens[part.response_mask]`, float32
+        (float64 of a float64 model); the entropy carries gradient only if asked to.
     """
     layout = Layout.of(part.offsets)
     predicted = part.response_mask.nonzero()[:, 0]
-    logits = model(
-        input_ids=part.tokens[None],
-        position_ids=layout.positions[None],
-        logits_to_keep=predicted - 1,
-        use_cache=False,
-        layout=layout,
-    ).logits[0]
-    logprobs = (logits.float() / temperature).log_softmax(-1)  # [R, V]
+    with _only(model.get_output_embeddings(), predicted - 1):
+        logits = model(
+            input_ids=part.tokens[None],
+            position_ids=layout.positions[None],
+            use_cache=False,
+            layout=layout,
+        ).logits[0]  # [R, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logprobs = (logits / temperature).log_softmax(-1)  # [R, V]
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, part.tokens[predicted, None])[:, 0], entropy
+
+
+@contextmanager
+def _only(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """For this time `head` sees only these positions of its input [1, T, H].
+
+    Transformers' own `logits_to_keep` indexes instead, and the backward of indexing is slow on CPU: it
+    took as long as the rest of an update together.
+    """
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].index_select(1, positions),))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -10,6 +10,7 @@ import torch
 
 from seqrl.config.schema import FSDPConfig, ModelConfig
 from seqrl.errors import UserError
+from seqrl.training import experts
 from seqrl.training.packing import ATTENTION_NAME, Layout, register
 
 DTYPES = {
@@ -49,34 +50,46 @@ def load_tokenizer(config: ModelConfig, *, key: str) -> Any:
 
 def load_model(config: ModelConfig, precision: FSDPConfig, device: torch.device, *, key: str) -> Any:
     """The causal language model, in `precision.model_dtype`, with seqrl's flat attention."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what does not fit is told below
     register()
     path = _resolve(config.path, key)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
             dtype=DTYPES[precision.model_dtype],
             trust_remote_code=config.trust_remote_code,
             attn_implementation=ATTENTION_NAME,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key}={config.path}: cannot load the model: {_first_line(error)}") from error
+    model, loading = loaded
+    if unfit := sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}):
+        raise UserError(
+            f"{key}={config.path}: the weights do not fit config.json: {unfit[0]} is missing or of another "
+            f"shape ({len(unfit)} in all); give a directory whose weights and config belong together"
+        )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a ratio compares one network with itself
-    _choose_experts(model, config)
+    _choose_experts(model, config, device)
     if config.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).train()
 
 
-def _choose_experts(model: Any, config: ModelConfig) -> None:
-    """How transformers computes mixture-of-experts layers, where this model leaves a choice."""
+def _choose_experts(model: Any, config: ModelConfig, device: torch.device) -> None:
+    """How mixture-of-experts layers are computed, where this model leaves a choice."""
+    fastest = experts.EXPERTS_NAME if device.type == "cpu" else "grouped_mm"
     if model._can_set_experts_implementation():
-        model.set_experts_implementation(config.experts_implementation or "grouped_mm")
+        experts.register()
+        model.set_experts_implementation(config.experts_implementation or fastest)
     elif config.experts_implementation is not None:
         raise UserError(
             f"experts_implementation={config.experts_implementation}: {type(model).__name__} leaves no "

@@ -82,7 +82,8 @@ def in_a_step(run_dir: Path) -> bool:
 
 
 def in_a_save(run_dir: Path) -> bool:
-    return bool(unfinished(run_dir))
+    """Of a checkpoint that is not the first, so that there is one to go on from."""
+    return bool(unfinished(run_dir)) and bool(checkpoints(run_dir))
 
 
 def stop_at(process: subprocess.Popen[str], run_dir: Path, moment: Callable[[Path], bool]) -> None:

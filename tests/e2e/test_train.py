@@ -22,11 +22,12 @@ ACTOR = "actor_rollout_ref__actor__"
 def train(
     train_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., list[dict[str, Any]]]:
-    """Runs it, and gives the rows of its metrics."""
+    """Runs it, and gives the rows of its metrics, each at the index of its step."""
 
     def run(name: str = "run", **overrides: object) -> list[dict[str, Any]]:
         assert main(train_arguments(tmp_path / name, **overrides)) == 0, capsys.readouterr().err
-        return read_rows(tmp_path / name / METRICS)
+        rows = read_rows(tmp_path / name / METRICS)
+        return rows if rows[0]["step"] == 0 else [{}, *rows]
 
     return run
 
@@ -240,9 +241,10 @@ def test_held_out_prompts_that_are_trained_on_are_said_aloud(
     assert capsys.readouterr().err == line
 
 
+# A share, so that it matters neither how long an answer is nor how many characters a token has.
 SHARE_OF_SEVENS = """\
 def compute_score(data_source, solution_str, ground_truth, extra_info):
-    return solution_str.count("7") / 12
+    return solution_str.count("7") / max(len(solution_str), 1)
 """
 
 
@@ -272,7 +274,7 @@ def test_fine_tuned_and_then_trained_a_model_learns(
     tuned = tmp_path / "sft" / "huggingface"
     assert f"model: {tuned}\n" in capsys.readouterr().out
     losses = [row["train/loss"] for row in read_rows(tmp_path / "sft" / METRICS)]
-    assert len(losses) == 24 and losses[0] > 5 and losses[-1] < 2.6, "of log 261 = 5.6 at the start"
+    assert len(losses) == 24 and losses[0] > 5 and losses[-1] < 0.6 * losses[0], losses
 
     reward = tmp_path / "sevens.py"
     reward.write_text(SHARE_OF_SEVENS)

@@ -44,7 +44,7 @@ def test_a_tiny_model_loads_as_asked(directory: Path) -> None:
     config = ModelConfig(path=str(directory))
     model = load_model(config, FSDPConfig(), CPU, key=KEY)
     assert model.config._attn_implementation == ATTENTION_NAME
-    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "sorted"
     assert model.is_gradient_checkpointing and model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert len(load_tokenizer(config, key=KEY)) == model.config.vocab_size
