@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqrl.training.packing import Layout
+from seqrl.training.packing import Layout, shared_prompts
 from seqrl.types import Batch
 
 
@@ -25,17 +25,17 @@ def response_logprobs(
         Two tensors [R], R response tokens in the order of `part.tokens[part.response_mask]`, float32
         (float64 of a float64 model); the entropy carries gradient only if asked to.
     """
-    layout = Layout.of(part.offsets)
+    layout = Layout.of(part.offsets, shared_prompts(part))
     predicted = part.response_mask.nonzero()[:, 0]
-    with _only(model.get_output_embeddings(), predicted - 1):
+    with _only(model.get_output_embeddings(), layout.source[predicted - 1]):
         logits = model(
-            input_ids=part.tokens[None],
+            input_ids=part.tokens[layout.computed][None],
             position_ids=layout.positions[None],
             use_cache=False,
             layout=layout,
         ).logits[0]  # [R, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logprobs = (logits / temperature).log_softmax(-1)  # [R, V]
+    logprobs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # [R, V]
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, part.tokens[predicted, None])[:, 0], entropy

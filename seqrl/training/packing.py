@@ -1,10 +1,11 @@
 """Which sequences go through the model together, and how they do so without padding.
 
-A micro-batch is one row of flat tokens. Everything in a transformer but attention treats each token
-by itself, so only attention has to know where a sequence ends: `flat_attention` lays queries, keys
-and values out as [sequences, longest], runs plain causal attention, and takes the tokens back.
+A micro-batch is one row of flat tokens, the prompt of a group computed once. Everything in a
+transformer but attention treats each token by itself, so only attention has to know where a sequence
+ends: `flat_attention` lays queries, keys and values out as [sequences, longest], runs plain causal
+attention, and takes the tokens back.
 
-Shape legend: N sequences, T tokens in all, L longest sequence, H heads, D head size.
+Shape legend: N sequences, T tokens in all, T' of them computed, L longest sequence, H heads, D head size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqrl.errors import UserError
+from seqrl.types import Batch
 
 ATTENTION_NAME = "seqrl_flat"
 
@@ -45,46 +47,70 @@ def by_count(sequences: int, per_part: int) -> list[list[int]]:
     return [list(range(i, min(i + per_part, sequences))) for i in range(0, sequences, per_part)]
 
 
+def shared_prompts(batch: Batch) -> Tensor:
+    """For each token, the token that is computed in its stead: [T] index into T.
+
+    A prompt's tokens see nothing but the prompt, so the first sequence of a group computes them for
+    all that begin with the same ones. Every other token stands for itself.
+    """
+    lengths, total = batch.lengths, batch.tokens.numel()
+    everyone = torch.arange(len(batch), device=lengths.device)
+    token = torch.arange(total, device=lengths.device)
+    row = everyone.repeat_interleave(lengths)
+    position = token - batch.offsets[row]
+    response_at = torch.where(batch.response_mask, position, total)
+    prompt_length = lengths.scatter_reduce(0, row, response_at, "amin")  # [N]
+    groups, group = batch.group.unique(return_inverse=True)
+    first = everyone.new_full((groups.numel(),), len(batch)).scatter_reduce(0, group, everyone, "amin")
+    leader = first[group]  # [N]
+    stand_in = (batch.offsets[leader][row] + position).clamp(max=total - 1)
+    in_prompt = position < prompt_length[row]
+    differs = in_prompt & (batch.tokens[stand_in] != batch.tokens)
+    alike = (prompt_length == prompt_length[leader]).index_fill(0, row[differs], False)  # [N]
+    return torch.where(in_prompt & alike[row], stand_in, token)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a flat row begin and end, for attention."""
+    """Which tokens go through the model (T' of T), and how attention finds their sequences."""
 
     sequences: int
     longest: int
-    to_padded: Tensor | None
-    """[N*L] index into T (0 where padding); None where all sequences have one length."""
-    to_flat: Tensor | None
-    """[T] index into N*L."""
+    computed: Tensor
+    """[T'] index into T: the tokens that stand for themselves."""
+    source: Tensor
+    """[T] index into T': where each token's result is."""
     positions: Tensor
-    """[T] position of each token within its sequence."""
+    """[T'] position of each computed token within its sequence."""
+    to_padded: Tensor
+    """[N*L] index into T' (0 where padding)."""
+    to_flat: Tensor
+    """[T'] index into N*L."""
 
     @classmethod
-    def of(cls, offsets: Tensor) -> Layout:
-        lengths = offsets.diff()
+    def of(cls, offsets: Tensor, stand_in: Tensor | None = None) -> Layout:
+        """`offsets` [N+1], `stand_in` [T] as `shared_prompts` gives it; None: nothing is shared."""
+        lengths, total = offsets.diff(), int(offsets[-1])
         sequences, longest = lengths.numel(), int(lengths.max())
-        total = int(offsets[-1])
-        positions = torch.arange(total, device=offsets.device) - offsets[:-1].repeat_interleave(lengths)
-        if total == sequences * longest:
-            return cls(sequences, longest, None, None, positions)
+        token = torch.arange(total, device=offsets.device)
+        stand_in = token if stand_in is None else stand_in
         row = torch.arange(sequences, device=offsets.device).repeat_interleave(lengths)
-        to_flat = row * longest + positions
+        position = token - offsets[row]
+        own = stand_in == token
+        source = (own.cumsum(0) - 1)[stand_in]
+        padded = row * longest + position
         to_padded = torch.zeros(sequences * longest, dtype=torch.long, device=offsets.device)
-        to_padded[to_flat] = torch.arange(total, device=offsets.device)
-        return cls(sequences, longest, to_padded, to_flat, positions)
+        to_padded[padded] = source
+        return cls(sequences, longest, token[own], source, position[own], to_padded, padded[own])
 
     def pad(self, x: Tensor) -> Tensor:
-        """[1, H, T, D] -> [N, H, L, D]."""
-        rows = x[0].transpose(0, 1)
-        if self.to_padded is not None:
-            rows = rows.index_select(0, self.to_padded)
-        return rows.reshape(self.sequences, self.longest, *rows.shape[1:]).transpose(1, 2)
+        """[1, H, T', D] -> [N, H, L, D]."""
+        rows = x[0].transpose(0, 1).index_select(0, self.to_padded)
+        return rows.view(self.sequences, self.longest, *rows.shape[1:]).transpose(1, 2)
 
     def flatten(self, x: Tensor) -> Tensor:
-        """[N, H, L, D] -> [1, T, H, D]."""
-        rows = x.transpose(1, 2).flatten(0, 1)
-        if self.to_flat is not None:
-            rows = rows.index_select(0, self.to_flat)
-        return rows[None]
+        """[N, H, L, D] -> [1, T', H, D]."""
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.to_flat)[None]
 
 
 def flat_attention(
@@ -101,7 +127,7 @@ def flat_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention within each sequence of one flat row, in the form transformers calls.
 
-    query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]. Without a layout (the model is
+    query [1, H, T', D], key and value [1, H_kv, T', D] -> [1, T', H, D]. Without a layout (the model is
     called as anyone would call it) it is transformers' own attention. There is no dropout: a ratio
     compares one network with itself.
     """

@@ -290,7 +290,7 @@ def test_fine_tuned_and_then_trained_a_model_learns(
         actor_rollout_ref__actor__ppo_mini_batch_size=4,
         trainer__total_training_steps=12,
     )
-    rewards = [row["critic/rewards/mean"] for row in rows if row["step"]]
+    rewards = [row["critic/rewards/mean"] for row in rows[1:]]
     first, last = sum(rewards[:2]) / 2, sum(rewards[-2:]) / 2
     assert first < 0.2 and last > first + 0.3, rewards
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqrl.errors import UserError
+from seqrl.training.logprobs import response_logprobs
 from seqrl.training.model import check_flat_forward
-from seqrl.training.packing import Layout, by_count, by_tokens
-from seqrl.types import to_offsets
+from seqrl.training.packing import Layout, by_count, by_tokens, shared_prompts
+from seqrl.types import Batch, to_offsets
 
 LENGTHS = [5, 13, 1, 8, 13]
 
@@ -137,3 +139,38 @@ def test_a_recurrent_model_is_refused() -> None:
     sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 32}
     with pytest.raises((UserError, TypeError)):
         check_flat_forward(MambaForCausalLM(MambaConfig(**sizes)))
+
+
+def test_the_prompt_of_a_group_is_computed_once(make_model: Callable[..., Any]) -> None:
+    """Two groups, one of them with a stranger whose prompt differs: results and gradients stay the same."""
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7], [8, 9], [5, 6, 4]]
+    answers = [[1, 2], [3], [4, 5, 6], [], [7, 8]]
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    tokens = [token for p, a in zip(prompts, answers, strict=True) for token in (*p, *a)]
+    mask = [
+        flag for p, a in zip(prompts, answers, strict=True) for flag in [False] * len(p) + [True] * len(a)
+    ]
+    batch = Batch(
+        tokens=torch.tensor(tokens),
+        response_mask=torch.tensor(mask),
+        offsets=to_offsets(torch.tensor(lengths)),
+        group=torch.tensor([3, 1, 3, 1, 3]),
+        policy_version=torch.zeros(5, dtype=torch.long),
+        reward=torch.zeros(5),
+        rollout_logprobs=torch.zeros(len(tokens)),
+    )
+    stand_in = shared_prompts(batch)
+    assert stand_in.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 11, 12, 13, 5, 6, 16, 17, 18, 19, 20]
+    apart = replace(batch, group=torch.arange(5))
+    assert Layout.of(batch.offsets, stand_in).computed.numel() == len(tokens) - 5
+    assert torch.equal(shared_prompts(apart), torch.arange(len(tokens)))
+
+    model = make_model().double()
+    weight = torch.randn(sum(mask), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for part in (batch, apart):
+        model.zero_grad()
+        logprobs, _ = response_logprobs(model, part, temperature=1.0)
+        (logprobs * weight).sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
