@@ -32,6 +32,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
+	@$(INSTALL) --editable '.[bench]'
 	$(BIN)/python -m benchmarks.step
 
 docs: setup

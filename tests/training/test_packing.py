@@ -165,7 +165,7 @@ def test_the_prompt_of_a_group_is_computed_once(make_model: Callable[..., Any]) 
     assert Layout.of(batch.offsets, stand_in).computed.numel() == len(tokens) - 5
     assert torch.equal(shared_prompts(apart), torch.arange(len(tokens)))
 
-    model = make_model().double()
+    model = make_model("qwen3").double()
     weight = torch.randn(sum(mask), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gradients = []
     for part in (batch, apart):
@@ -173,4 +173,5 @@ def test_the_prompt_of_a_group_is_computed_once(make_model: Callable[..., Any]) 
         logprobs, _ = response_logprobs(model, part, temperature=1.0)
         (logprobs * weight).sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    once, twice = gradients
+    assert (once - twice).norm() < 1e-6 * twice.norm(), "transformers' norms round to float32"
