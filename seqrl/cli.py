@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from seqrl.errors import UserError
 
 if TYPE_CHECKING:
-    from seqrl.config.schema import Config, SFTConfig
+    from seqrl.config.schema import Config, SFTConfig, SFTTrainerConfig, TrainerConfig
 
 HELP = """\
 seqrl: sequence-level reinforcement learning for language models (GSPO, GRPO)
@@ -35,7 +36,8 @@ keys are verl's: docs/keys.md. `python -m seqrl.trainer.main_ppo` is `seqrl trai
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 where the input is at fault."""
+    """Runs one command; returns the exit code: 0 (also when a signal ended it after a finished step), 2
+    where the input is at fault, 130 when Ctrl-C broke it off."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("--help", "-h", "help"):
         print(HELP, end="")
@@ -120,6 +122,9 @@ def run_train(config: Config, *, again: str) -> bool:
     from seqrl.trainer.interrupt import StopRequest
 
     check_train(config)
+    _expand_home(config.trainer)
+    if config.trainer.resume_mode != "auto":
+        again += " trainer.resume_mode=auto trainer.resume_from_path=null"
     for line in no_effect(config):
         logging.getLogger(__name__).warning(line)
     run_dir = Path(config.trainer.default_local_dir)
@@ -155,6 +160,14 @@ def run_train(config: Config, *, again: str) -> bool:
     return finished
 
 
+def _expand_home(trainer: TrainerConfig | SFTTrainerConfig) -> None:
+    """`~` in the run's directories."""
+    trainer.default_local_dir = os.path.expanduser(trainer.default_local_dir)
+    resume_from = getattr(trainer, "resume_from_path", None)
+    if resume_from is not None:
+        setattr(trainer, "resume_from_path", os.path.expanduser(resume_from))  # noqa: B010
+
+
 def build_trainer(config: Config) -> Any:
     """Cheap checks first, the model last, so that bad input is told before anything is loaded."""
     from seqrl.algos.advantages import ADVANTAGES
@@ -172,7 +185,7 @@ def build_trainer(config: Config) -> Any:
             f"algorithm.adv_estimator={config.algorithm.adv_estimator} is not known; "
             f"choose one of {', '.join(ADVANTAGES)}"
         )
-    PolicyObjective(actor, data.max_response_length)
+    PolicyObjective(actor, data.max_response_length)  # refuses an unknown loss
     device = choose_device(config.trainer.device)
     reward = make_reward(config.custom_reward_function)
     tokenizer = load_tokenizer(config.actor_rollout_ref.model, key="actor_rollout_ref.model.path")
@@ -225,6 +238,7 @@ def run_sft(config: SFTConfig) -> Path | None:
     from seqrl.training.model import choose_device, load_tokenizer
 
     check_sft(config)
+    _expand_home(config.trainer)
     data, run_dir = config.data, Path(config.trainer.default_local_dir)
     device = choose_device(config.trainer.device)
     reward = make_reward(config.custom_reward_function)
@@ -269,7 +283,7 @@ def run_sft(config: SFTConfig) -> Path | None:
             directory = trainer.fit(trackers, stop)
         finally:
             trackers.close()
-    if stop.received is not None:
+    if not trainer.finished:
         print(f"{stop.received}: stopped early; the model so far: {directory}")
         return None
     print(f"model: {directory}")

@@ -91,7 +91,7 @@ def _options(arguments: Sequence[str]) -> Options:
             raise UserError(f"quickstart takes seed=N and out=DIR, not `{argument}`")
         if key == "seed" and not value.isdecimal():
             raise UserError(f"seed={value} is not a whole number; write for example seed=7")
-        given[key] = int(value) if key == "seed" else Path(value)
+        given[key] = int(value) if key == "seed" else Path(value).expanduser()
     return Options(**given)
 
 

@@ -136,13 +136,9 @@ class Batch:
         """[N] response tokens per sequence."""
         return self.response_offsets.diff()
 
-    def scatter(self, values: Tensor) -> Tensor:
-        """Values of the response tokens, in order, to [T] with 0 elsewhere."""
-        return values.new_zeros(self.tokens.numel()).masked_scatter(self.response_mask, values)
-
     def select(self, sequences: Tensor | Sequence[int]) -> Batch:
         """The batch of these sequences, in this order; `sequences` holds indices [M] into N."""
-        index = torch.as_tensor(sequences, dtype=torch.long)
+        index = self._sequence_index(sequences)
         token_index = self._token_index(index)
         changed: dict[str, Tensor] = {"offsets": to_offsets(self.lengths[index])}
         for field in fields(self):
@@ -153,17 +149,20 @@ class Batch:
 
     def response_token_index(self, sequences: Tensor | Sequence[int]) -> Tensor:
         """Where the response tokens of `select(sequences)` lie in this batch: indices into T."""
-        token_index = self._token_index(torch.as_tensor(sequences, dtype=torch.long))
+        token_index = self._token_index(self._sequence_index(sequences))
         return token_index[self.response_mask[token_index]]
 
     def to(self, device: torch.device) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
 
+    def _sequence_index(self, sequences: Tensor | Sequence[int]) -> Tensor:
+        return torch.as_tensor(sequences, dtype=torch.long, device=self.offsets.device)
+
     def _token_index(self, index: Tensor) -> Tensor:
         lengths = self.lengths[index]
         offsets = to_offsets(lengths)
-        within = torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(lengths)
+        within = torch.arange(int(offsets[-1]), device=index.device) - offsets[:-1].repeat_interleave(lengths)
         return self.offsets[index].repeat_interleave(lengths) + within
 
 

@@ -13,7 +13,7 @@ from functools import reduce
 from typing import Any
 
 from seqrl.config.load import leaf_types
-from seqrl.config.schema import Config, SFTConfig
+from seqrl.config.schema import Config, FSDPConfig, SFTConfig
 from seqrl.errors import UserError
 
 ACTOR = "actor_rollout_ref.actor"
@@ -124,12 +124,21 @@ SFT_RANGES: dict[str, Range] = {
 }
 
 
+def _check_precision(key: str, precision: FSDPConfig) -> None:
+    if precision.model_dtype == "bf16" and precision.dtype == "float32":
+        raise UserError(
+            f"{key}.model_dtype=bf16 with {key}.dtype=float32: weights held in bfloat16 are multiplied in "
+            f"bfloat16; write {key}.dtype=bfloat16"
+        )
+
+
 def check_train(config: Config) -> None:
     """Refuse what `seqrl train` cannot work with.
 
     Raises UserError for the first value found: its key, the value, why, and what to write instead.
     """
     _check_keys(config, TRAIN_WORDS, TRAIN_RANGES)
+    _check_precision(f"{ACTOR}.fsdp_config", config.actor_rollout_ref.actor.fsdp_config)
     actor, trainer = config.actor_rollout_ref.actor, config.trainer
     if config.algorithm.adv_estimator == "grpo" and config.actor_rollout_ref.rollout.n == 1:
         raise UserError(
@@ -163,6 +172,7 @@ def check_train(config: Config) -> None:
 def check_sft(config: SFTConfig) -> None:
     """Refuse what `seqrl sft` cannot work with; raises UserError as `check_train` does."""
     _check_keys(config, SFT_WORDS, SFT_RANGES)
+    _check_precision("fsdp_config", config.fsdp_config)
     if config.trainer.target_accuracy is not None and not config.data.val_files:
         raise UserError(
             f"trainer.target_accuracy={config.trainer.target_accuracy} needs held-out prompts; "
@@ -211,7 +221,7 @@ def no_effect(config: Config) -> list[str]:
         (
             not data.val_files,
             "data.val_files is empty",
-            ["trainer.test_freq", *(f"{ROLLOUT}.val_kwargs.{name}" for name in vars(val))],
+            ["trainer.val_before_train", *(f"{ROLLOUT}.val_kwargs.{name}" for name in vars(val))],
         ),
         (
             bool(data.val_files) and not val.do_sample,

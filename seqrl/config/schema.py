@@ -48,8 +48,8 @@ class ModelConfig:
     enable_gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     experts_implementation: str | None = None
-    """How mixture-of-experts layers are computed in training: `sorted` (ours, for CPUs), or transformers'
-    `eager`, `grouped_mm` or `batched_mm`; null: `sorted` on a CPU, `grouped_mm` elsewhere."""
+    """How mixture-of-experts layers are computed in training: `sorted` (ours), or transformers' `eager`,
+    `grouped_mm` or `batched_mm`; null: `sorted`."""
 
 
 @dataclass
@@ -213,7 +213,8 @@ class TrainerConfig:
     val_before_train: bool = True
     """Validate before the first step."""
     test_freq: int = -1
-    """Validate each so many steps, and after the last; -1: only after the last."""
+    """Validate, and keep a group's responses for the report, each so many steps and after the last;
+    -1: only after the last."""
     save_freq: int = -1
     """Checkpoint each so many steps, and after the last; -1: only after the last."""
     max_actor_ckpt_to_keep: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,8 @@ class Trainer:
 
     def fit(self, trackers: Trackers, stop: StopRequest) -> None:
         """Trains up to `total_steps`, or to the end of the step in which `stop` is received."""
-        if self.step == 0 and self.config.trainer.val_before_train and self.parts.val_prompts:
+        first = self.step == 0 and stop.received is None
+        if first and self.config.trainer.val_before_train and self.parts.val_prompts:
             trackers.log(self.validate(), 0)
         try:
             while self.step < self.total_steps and stop.received is None:
@@ -104,7 +106,7 @@ class Trainer:
         if self._saved_step == self.step or self.training.steps_done != self._finished["policy_version"]:
             return
         self.save()
-        trackers.print(f"step {self.step} is saved; the same command goes on from it")
+        trackers.print(f"step {self.step} is saved; trainer.resume_mode=auto goes on from it")
 
     def train_step(self, clock: Clock) -> tuple[Batch, Metrics]:
         """One rollout batch and the optimizer steps on it."""
@@ -184,8 +186,7 @@ class Trainer:
         for epoch in range(actor.ppo_epochs):
             order = torch.arange(len(batch))
             if actor.shuffle:
-                generator = torch.Generator().manual_seed(self._seed() + epoch)
-                order = torch.randperm(len(batch), generator=generator)
+                order = order[random.Random(f"{self._seed()}/{epoch}").sample(range(len(batch)), len(batch))]
             for part in order.split(size):
                 yield batch.select(part)
 

@@ -39,6 +39,8 @@ class SFTTrainer:
         self.config, self.total_steps = config, total_steps
         self.training, self.rollout, self.reward = training, rollout, reward
         self.examples, self.sampler, self.val_prompts = examples, sampler, val_prompts
+        self.finished = False
+        """Whether `fit` came to its end, and not only to a signal."""
 
     def fit(self, trackers: Trackers, stop: StopRequest) -> Path:
         """Trains, and returns the Hugging Face directory that holds the result."""
@@ -60,7 +62,8 @@ class SFTTrainer:
             seconds["step"] = time.perf_counter() - start
             tokens, answers = mini_batch.tokens.numel(), int(mini_batch.response_mask.sum())
             trackers.log(metrics | timing_metrics(seconds, tokens, answers), step)
-            if stop.received or self._reached(metrics):
+            self.finished = step == self.total_steps or self._reached(metrics)
+            if self.finished or stop.received is not None:
                 break
         directory = Path(self.config.trainer.default_local_dir) / "huggingface"
         unfinished = directory.with_name(".tmp-huggingface")

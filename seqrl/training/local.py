@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqrl.config.schema import OptimConfig
+from seqrl.errors import UserError
 from seqrl.training.base import EngineState, Update
 from seqrl.training.logprobs import response_logprobs
 from seqrl.training.objective import Counts, Diagnostics, Objective
@@ -102,6 +103,7 @@ class LocalEngine:
         )
 
     def load_state(self, state: EngineState) -> None:
+        self._check_fit(state)
         self.model.load_state_dict(dict(state.model))
         load_optimizer_tensors(self.model, self.optimizer, state.optimizer)
         self.steps_done = state.extra["optimizer_steps"]
@@ -109,6 +111,16 @@ class LocalEngine:
     def save_pretrained(self, directory: Path) -> None:
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
+
+    def _check_fit(self, state: EngineState) -> None:
+        ours = {name: tuple(x.shape) for name, x in self.model.state_dict().items()}
+        theirs = {name: tuple(x.shape) for name, x in state.model.items()}
+        if unlike := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
+            raise UserError(
+                f"the checkpoint is of another model than actor_rollout_ref.model.path: {unlike[0]} is "
+                f"{theirs.get(unlike[0], 'missing')} there and {ours.get(unlike[0], 'missing')} here; resume "
+                "with the model the run began with, or choose another trainer.default_local_dir"
+            )
 
     def _logprobs_of(self, model: Any, batch: Batch) -> Tensor:
         result = torch.zeros(batch.tokens.numel())

@@ -75,25 +75,34 @@ def load_model(config: ModelConfig, precision: FSDPConfig, device: torch.device,
             f"{key}={config.path}: the weights do not fit config.json: {unfit[0]} is missing or of another "
             f"shape ({len(unfit)} in all); give a directory whose weights and config belong together"
         )
+    _make_saveable(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # a ratio compares one network with itself
-    _choose_experts(model, config, device)
+    _choose_experts(model, config)
     if config.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).train()
 
 
-def _choose_experts(model: Any, config: ModelConfig, device: torch.device) -> None:
+def _make_saveable(model: Any) -> None:
+    """Transformers loads a generation config with a temperature and no `do_sample`, and refuses to save it."""
+    if model.can_generate():
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            model.generation_config.do_sample = True
+
+
+def _choose_experts(model: Any, config: ModelConfig) -> None:
     """How mixture-of-experts layers are computed, where this model leaves a choice."""
-    fastest = experts.EXPERTS_NAME if device.type == "cpu" else "grouped_mm"
     if model._can_set_experts_implementation():
         experts.register()
-        model.set_experts_implementation(config.experts_implementation or fastest)
+        model.set_experts_implementation(config.experts_implementation or experts.EXPERTS_NAME)
     elif config.experts_implementation is not None:
         raise UserError(
-            f"experts_implementation={config.experts_implementation}: {type(model).__name__} leaves no "
-            "choice; write experts_implementation=null"
+            f"model.experts_implementation={config.experts_implementation}: {type(model).__name__} leaves no "
+            "choice; write model.experts_implementation=null"
         )
 
 

@@ -55,6 +55,4 @@ def load_optimizer_tensors(
         name, _, field = key.rpartition(":")
         if name not in parameters:
             raise UserError(f"the checkpoint's optimizer state holds {name}, which this model does not have")
-        parameter = parameters[name]
-        device = value.device if field == "step" and parameter.device.type == "cpu" else parameter.device
-        optimizer.state[parameter][field] = value.to(device, copy=True)
+        optimizer.state[parameters[name]][field] = value.to(parameters[name].device, copy=True)
