@@ -221,7 +221,7 @@ def no_effect(config: Config) -> list[str]:
         (
             not data.val_files,
             "data.val_files is empty",
-            ["trainer.val_before_train", *(f"{ROLLOUT}.val_kwargs.{name}" for name in vars(val))],
+            [f"{ROLLOUT}.val_kwargs.{name}" for name in vars(val)],
         ),
         (
             bool(data.val_files) and not val.do_sample,

@@ -86,7 +86,7 @@ def load_model(config: ModelConfig, precision: FSDPConfig, device: torch.device,
 
 
 def _make_saveable(model: Any) -> None:
-    """Transformers loads a generation config with a temperature and no `do_sample`, and refuses to save it."""
+    """Transformers loads a generation config with a temperature and no `do_sample`, but saves none."""
     if model.can_generate():
         try:
             model.generation_config.validate(strict=True)

@@ -127,7 +127,7 @@ def test_defaults_are_never_said_to_be_without_effect() -> None:
         ({"algorithm__kl_ctrl__kl_coef": 0.1}, {"algorithm__use_kl_in_reward": True}),
         ({"actor__loss_scale_factor": 64.0}, {"actor__loss_agg_mode": "seq-mean-token-sum-norm"}),
         ({"actor__optim__min_lr_ratio": 0.1}, {"actor__optim__lr_scheduler_type": "cosine"}),
-        ({"trainer__test_freq": 5}, {"data__val_files": ["b"]}),
+        ({"actor_rollout_ref__rollout__val_kwargs__do_sample": True}, {"data__val_files": ["b"]}),
         ({"custom_reward_function__name": "score"}, {"custom_reward_function__path": "r.py"}),
         (
             {"rollout__val_kwargs__temperature": 0.5},
