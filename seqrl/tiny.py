@@ -27,7 +27,9 @@ def write_tiny_model(directory: Path, *, seed: int, **overrides: Any) -> None:
     """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # it is written in a moment
     tokenizer = make_tokenizer()
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
