@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from seqrl.errors import UserError
 
 if TYPE_CHECKING:
-    from seqrl.config.schema import Config, SFTConfig, SFTTrainerConfig, TrainerConfig
+    from seqrl.config.schema import Config, SFTConfig
 
 HELP = """\
 seqrl: sequence-level reinforcement learning for language models (GSPO, GRPO)
@@ -122,7 +122,9 @@ def run_train(config: Config, *, again: str) -> bool:
     from seqrl.trainer.interrupt import StopRequest
 
     check_train(config)
-    _expand_home(config.trainer)
+    config.trainer.default_local_dir = os.path.expanduser(config.trainer.default_local_dir)
+    if config.trainer.resume_from_path is not None:
+        config.trainer.resume_from_path = os.path.expanduser(config.trainer.resume_from_path)
     if config.trainer.resume_mode != "auto":
         again += " trainer.resume_mode=auto trainer.resume_from_path=null"
     for line in no_effect(config):
@@ -158,14 +160,6 @@ def run_train(config: Config, *, again: str) -> bool:
     else:
         print(f"{stop.received}: step {trainer.step} is finished and saved; go on with: {again}")
     return finished
-
-
-def _expand_home(trainer: TrainerConfig | SFTTrainerConfig) -> None:
-    """`~` in the run's directories."""
-    trainer.default_local_dir = os.path.expanduser(trainer.default_local_dir)
-    resume_from = getattr(trainer, "resume_from_path", None)
-    if resume_from is not None:
-        setattr(trainer, "resume_from_path", os.path.expanduser(resume_from))  # noqa: B010
 
 
 def build_trainer(config: Config) -> Any:
@@ -238,7 +232,7 @@ def run_sft(config: SFTConfig) -> Path | None:
     from seqrl.training.model import choose_device, load_tokenizer
 
     check_sft(config)
-    _expand_home(config.trainer)
+    config.trainer.default_local_dir = os.path.expanduser(config.trainer.default_local_dir)
     data, run_dir = config.data, Path(config.trainer.default_local_dir)
     device = choose_device(config.trainer.device)
     reward = make_reward(config.custom_reward_function)

@@ -18,7 +18,7 @@ from seqrl.config.schema import Config, SFTConfig
 from seqrl.data.chained_arithmetic import rows, worked_rows
 from seqrl.errors import UserError
 from seqrl.report.files import METRICS, read_rows, write_atomic
-from seqrl.report.page import BeforeAfter, report_from_run
+from seqrl.report.page import BeforeAfter, report_from_run, save_answers
 
 WORKED_SOLUTIONS = 16384
 SHOWN_ANSWERS = 3
@@ -71,7 +71,8 @@ def run(arguments: Sequence[str]) -> None:
 
     summary = _summary(options)
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    page = report_from_run(out, before_after=shown)
+    save_answers(out, shown)
+    page = report_from_run(out)
     print("5. result")
     print("                      before    after")
     print(f"   held-out accuracy  {summary['accuracy_cold_start']:.3f}     {summary['accuracy_final']:.3f}")

@@ -203,11 +203,6 @@ def no_effect(config: Config) -> list[str]:
             "use_kl_in_reward=false",
             ["algorithm.kl_penalty", "algorithm.kl_ctrl.kl_coef"],
         ),
-        (
-            algorithm.adv_estimator != "grpo",
-            "adv_estimator is not grpo",
-            ["algorithm.norm_adv_by_std_in_grpo"],
-        ),
         (optim.lr_warmup_steps >= 0, "lr_warmup_steps is set", [f"{ACTOR}.optim.lr_warmup_steps_ratio"]),
         (
             optim.lr_scheduler_type == "constant",

@@ -12,11 +12,13 @@ from typing import Any
 
 from seqrl.errors import UserError
 from seqrl.report.charts import BOTTOM, LEFT, RIGHT, TOP, Chart, Values, escaped, make_scale, plot
-from seqrl.report.curves import run_charts, series, thinned
+from seqrl.report.curves import curves_svg, run_charts, series, thinned
 from seqrl.report.files import METRICS, SAMPLES, append_rows, read_rows, write_atomic
 from seqrl.report.wording import duration, number
 
 REPORT = "report.html"
+CURVES = "curves.svg"
+ANSWERS = "answers.json"
 ENDS = 10  # steps behind a `first` or `last` mean
 STEPS_SHOWN, SAMPLES_PER_STEP = 8, 6
 FACTS = {
@@ -57,23 +59,32 @@ def append_samples(run_dir: Path, rows: Sequence[SampleRow]) -> None:
     append_rows(run_dir / SAMPLES, [asdict(row) for row in rows])
 
 
-def report_from_run(run_dir: Path, *, before_after: Sequence[BeforeAfter] | None = None) -> Path:
-    """Writes `report.html` from what lies in `run_dir` and returns its path.
+def save_answers(run_dir: Path, answers: Sequence[BeforeAfter]) -> None:
+    """Keeps the answers before and after for the report, in `answers.json`."""
+    write_atomic(run_dir / ANSWERS, json.dumps([asdict(answer) for answer in answers], indent=2) + "\n")
 
-    Reads `metrics.jsonl`, `samples.jsonl`, `config.yaml` and `summary.json`, each where it is there. A
-    UserError names a file that cannot be read.
+
+def report_from_run(run_dir: Path) -> Path:
+    """Writes `report.html` and `curves.svg` from what lies in `run_dir`; returns the page's path.
+
+    Reads `metrics.jsonl`, `samples.jsonl`, `config.yaml`, `summary.json` and `answers.json`, each where
+    it is there. A UserError names a file that cannot be read.
     """
     config, summary = run_dir / "config.yaml", run_dir / "summary.json"
     config_yaml = config.read_text(encoding="utf-8") if config.exists() else ""
     trainer = _select(config_yaml, "trainer") or {}
+    history, answers = read_rows(run_dir / METRICS), run_dir / ANSWERS
+    write_atomic(run_dir / CURVES, curves_svg(history, _clip_range(config_yaml)))
     write_report(
         run_dir / REPORT,
         title=str(trainer.get("experiment_name") or run_dir.resolve().name),
-        history=read_rows(run_dir / METRICS),
+        history=history,
         samples=_read_samples(run_dir / SAMPLES),
         summary=_read_summary(summary) if summary.exists() else None,
         config_yaml=config_yaml,
-        before_after=before_after,
+        before_after=[BeforeAfter(**a) for a in json.loads(answers.read_text())]
+        if answers.exists()
+        else None,
     )
     return run_dir / REPORT
 

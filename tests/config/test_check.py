@@ -159,7 +159,6 @@ def test_keys_switched_off_by_another() -> None:
     assert lines(actor__optim__lr_warmup_steps_ratio=0.1) == 0
     assert lines(actor__optim__lr_warmup_steps_ratio=0.1, actor__optim__lr_warmup_steps=3) == 1
     assert lines(algorithm__norm_adv_by_std_in_grpo=False) == 0
-    assert lines(algorithm__norm_adv_by_std_in_grpo=False, algorithm__adv_estimator="other") == 1
     assert lines(data__seed=1) == 0
     assert lines(data__seed=1, data__shuffle=False) == 1
     assert lines(data__truncation="left") == 0

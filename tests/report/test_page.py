@@ -8,7 +8,14 @@ import pytest
 
 from seqrl.errors import UserError
 from seqrl.report.files import append_rows
-from seqrl.report.page import BeforeAfter, SampleRow, append_samples, report_from_run, write_report
+from seqrl.report.page import (
+    BeforeAfter,
+    SampleRow,
+    append_samples,
+    report_from_run,
+    save_answers,
+    write_report,
+)
 
 VOID = {"meta", "rect", "line", "polyline", "polygon", "circle", "br"}
 CONFIG = """
@@ -73,7 +80,9 @@ def test_report_round_trip_from_the_files_of_a_run(tmp_path: Path) -> None:
         json.dumps({"accuracy_cold_start": 0.41, "accuracy_final": 0.93, "seconds_gspo": 151.0, "seed": 7})
     )
     answers = [BeforeAfter("1+1?", "2", "3", "it is 2")]
-    path = report_from_run(tmp_path, before_after=answers)
+    save_answers(tmp_path, answers)
+    path = report_from_run(tmp_path)
+    assert (tmp_path / "curves.svg").read_text().startswith("<svg")
     assert path == tmp_path / "report.html"
     source = path.read_text(encoding="utf-8")
     page = Page(source)
