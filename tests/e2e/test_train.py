@@ -196,6 +196,7 @@ def test_what_lies_in_a_finished_runs_directory(
     run_dir = tmp_path / "run"
     assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == {
         "config.yaml",
+        "curves.svg",
         "global_step_2",
         "latest_checkpointed_iteration.txt",
         "metrics.jsonl",
