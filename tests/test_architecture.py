@@ -39,8 +39,10 @@ ARROWS: dict[str, set[str] | str] = {
     "trainer": TRAINER,
     "data": BELOW,
     "rewards": BELOW,
-    "rollout": BELOW,
-    "training": BELOW | {"algos"},
+    "kernels": set(),
+    "native": {"kernels"},
+    "rollout": BELOW | {"native", "kernels"},
+    "training": BELOW | {"algos", "native", "kernels"},
     "report": BELOW,
     "checkpoint": BELOW,
     "config": {"errors"},
@@ -54,7 +56,15 @@ ARROWS: dict[str, set[str] | str] = {
 # The same program under verl's name, `python -m seqrl.trainer.main_ppo`.
 EXCEPTIONS = {("trainer.main_ppo", "cli")}
 # Rooms that may use the standard library and these packages, no others.
-PACKAGES = {"types": {"torch"}, "algos": {"torch"}, "errors": set(), "reward": set(), "": set()}
+PACKAGES = {
+    "types": {"torch"},
+    "algos": {"torch"},
+    "kernels": {"torch"},
+    "native": {"torch"},
+    "errors": set(),
+    "reward": set(),
+    "": set(),
+}
 
 
 def violations(source: Path) -> list[str]:

@@ -34,9 +34,9 @@ def make_engine(model: Any, tokenizer: Any, *, max_num_seqs: int, dtype: torch.d
     most rows decoded at once, `dtype` the type of the matrix products.
     Raises UserError where neither model nor tokenizer names an end-of-sequence token.
     """
+    from seqrl.native.weights import why_unreadable
     from seqrl.rollout.native import NativeEngine
     from seqrl.rollout.transformers_engine import TransformersEngine
-    from seqrl.rollout.weights import why_unreadable
 
     reason = why_unreadable(model)
     if reason is None:

@@ -1,15 +1,14 @@
-"""The decoding loop every in-process engine shares: waves of prompts, one prefill per prompt, token by
-token, finished rows leaving the batch. An engine brings the forward pass, as a `Decoder`.
+"""The decoding loop every in-process engine shares: prompts are read once, their responses grow token by
+token, and the place of one that has ended is taken at once. An engine brings the forward pass, a `Decoder`.
 
-Shape legend: P prompts of a wave, n responses each, B rows decoded together, S most new tokens, V vocabulary.
+Shape legend: B rows decoded together, S most new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,17 +17,18 @@ from seqrl.errors import UserError
 from seqrl.rollout.sampling import request_uniforms, sample
 from seqrl.types import Prompt, Rollout, SamplingParams
 
-_COMPACT_AT = 1 / 8
-"""Share of finished rows at which the rest is moved together."""
-_CUDA_CHECK_EVERY = 8
-"""Steps between looks at who has finished, where looking means waiting for the device."""
+_CUDA_LOOK_EVERY = 8
+"""Steps between looks at who has ended, where looking means waiting for the device."""
 
 
-class Rows(Protocol):
-    """The cached keys and values of rows that grow by one token at a time."""
+class Decoder(Protocol):
+    """The forward pass of one call of `generate`, with the weights as they are now, and its rows."""
 
-    def spread(self, rows: Tensor) -> Rows:
-        """A copy in which row j continues row `rows[j]` of this one; `rows` is [B] int64."""
+    joins: bool
+    """Whether rows can be admitted while others are under way."""
+
+    def admit(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
+        """Appends `copies[i]` rows that continue prompt i; the logits [sum of copies, V] that follow."""
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -36,17 +36,20 @@ class Rows(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """From now on row j is what was row `rows[j]`, where `rows[j]` is j itself or not below
-        `len(rows)`; all other rows are dropped."""
+        """From now on row j is what was row `rows[j]`; `rows` is ascending, all others are dropped."""
         ...
 
 
-class Decoder(Protocol):
-    """The forward pass of one call of `generate`, with the weights as they are now."""
+class Request(NamedTuple):
+    prompt: int
+    """Index into the prompts of the call."""
+    response: int
 
-    def prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Rows, Tensor]:
-        """The cache of the prompts, a row each, and the logits [P, V] after their last tokens."""
-        ...
+
+class Response(NamedTuple):
+    tokens: Tensor
+    logprobs: Tensor
+    finished: bool
 
 
 class DecodingEngine(ABC):
@@ -63,8 +66,8 @@ class DecodingEngine(ABC):
         self.eos_ids = end_of_sequence_ids(model, tokenizer)
 
     @abstractmethod
-    def _decoder(self, length: int) -> AbstractContextManager[Decoder]:
-        """A decoder for sequences of at most `length` tokens, for the time of one call."""
+    def _decoder(self, rows: int, prompt_length: int, new_tokens: int) -> Decoder:
+        """A decoder of at most so many rows at once, of prompts and responses of at most so many tokens."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, policy_version: int
@@ -73,25 +76,23 @@ class DecodingEngine(ABC):
         if not prompts:
             return []
         self._check(prompts, sampling)
-        # Neighbours in length share a wave, so that little of it is padding.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-        per_wave = max(1, self.max_num_seqs // sampling.n)
-        longest = len(prompts[order[-1]].tokens)
-        responses: dict[int, list[tuple[Tensor, Tensor, bool]]] = {}
-        with torch.inference_mode(), self._decoder(longest + sampling.max_new_tokens) as decoder:
-            for start in range(0, len(order), per_wave):
-                wave = order[start : start + per_wave]
-                decoded = self._decode_wave(decoder, [prompts[i] for i in wave], sampling, seed)
-                for k, i in enumerate(wave):
-                    responses[i] = decoded[k * sampling.n : (k + 1) * sampling.n]
-        flat = [(i, response) for i in range(len(prompts)) for response in responses[i]]
+        with torch.inference_mode():
+            responses = self._decode(prompts, sampling, seed)
         texts = self.tokenizer.batch_decode(
-            [tokens.tolist() for _, (tokens, _, _) in flat], skip_special_tokens=True
+            [response.tokens.tolist() for response in responses], skip_special_tokens=True
         )
         return [
             # Cloned out here: a tensor born in inference mode could not enter a backward pass.
-            Rollout(prompts[i], i, tokens.clone(), logprobs.clone(), text, finished, policy_version)
-            for (i, (tokens, logprobs, finished)), text in zip(flat, texts, strict=True)
+            Rollout(
+                prompts[i // sampling.n],
+                i // sampling.n,
+                r.tokens.clone(),
+                r.logprobs.clone(),
+                text,
+                r.finished,
+                policy_version,
+            )
+            for i, (r, text) in enumerate(zip(responses, texts, strict=True))
         ]
 
     def _check(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
@@ -107,77 +108,113 @@ class DecodingEngine(ABC):
             if not prompt.tokens:
                 raise UserError(f"{prompt.uid}: the prompt has no tokens; give it some text or drop the row")
 
-    def _decode_wave(
-        self, decoder: Decoder, prompts: Sequence[Prompt], sampling: SamplingParams, seed: int
-    ) -> list[tuple[Tensor, Tensor, bool]]:
-        """(tokens [R], log-probs [R], finished) of the n responses of each prompt, prompt-major."""
-        prefilled, logits = decoder.prefill([prompt.tokens for prompt in prompts])
-        uniforms = torch.stack(
-            [
-                request_uniforms(seed, prompt.uid, i, sampling.max_new_tokens)
-                for prompt in prompts
-                for i in range(sampling.n)
-            ],
-            dim=1,
-        ).to(logits.device)  # [S, P n]
-        source = torch.arange(len(prompts), device=logits.device).repeat_interleave(sampling.n)  # [P n]
-        responses = []
-        # One chunk, but for a single group larger than max_num_seqs.
-        for rows, chunk in zip(
-            source.split(self.max_num_seqs), uniforms.split(self.max_num_seqs, dim=1), strict=True
-        ):
-            responses += self._decode(prefilled.spread(rows), logits[rows], chunk, sampling)
-        return responses
+    def _decode(self, prompts: Sequence[Prompt], sampling: SamplingParams, seed: int) -> list[Response]:
+        """The n responses of each prompt, prompt-major."""
+        # Neighbours in length are read together, so that an engine that pads wastes little.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+        waiting = [Request(i, j) for i in order for j in range(sampling.n)]
+        capacity = min(self.max_num_seqs, len(waiting))
+        longest = len(prompts[order[-1]].tokens)
+        decoder = self._decoder(capacity, longest, sampling.max_new_tokens)
+        rows = DecodedRows(self.model.device, self.eos_ids, sampling, capacity)
+        done: dict[Request, Response] = {}
+        logits: Tensor | None = None
+        while waiting or rows.requests:
+            free = capacity - len(rows.requests)
+            if waiting and free and (decoder.joins or not rows.requests):
+                joining, waiting = waiting[:free], waiting[free:]
+                indices, copies = _by_prompt(joining)
+                first = decoder.admit([prompts[i].tokens for i in indices], copies)
+                logits = first if logits is None else torch.cat([logits, first])
+                rows.join(joining, [prompts[request.prompt].uid for request in joining], seed)
+            assert logits is not None
+            drawn = rows.draw(logits)
+            kept = rows.ended()
+            if kept is not None:
+                done.update(rows.leave(kept))
+                decoder.keep(kept)
+                drawn = drawn[kept]
+            logits = decoder.step(drawn) if rows.requests else None
+        return [done[Request(i, j)] for i in range(len(prompts)) for j in range(sampling.n)]
 
-    def _decode(
-        self, rows: Rows, logits: Tensor, uniforms: Tensor, sampling: SamplingParams
-    ) -> list[tuple[Tensor, Tensor, bool]]:
-        """Decodes from the first `logits` [B, V] with `uniforms` [S, B] until every row has ended."""
-        device, (steps, count) = logits.device, uniforms.shape
-        check_every = _CUDA_CHECK_EVERY if device.type == "cuda" else 1
-        eos = torch.tensor(self.eos_ids, device=device)
-        ends = eos[:0] if sampling.ignore_eos else eos
-        is_eos = torch.isin(torch.arange(logits.shape[-1], device=device), ends)  # [V]
-        # A row that has left keeps the end-of-sequence token it is filled with here.
-        tokens = torch.full((steps, count), self.eos_ids[0], device=device)  # [S, B]
-        logprobs = torch.zeros(steps, count, device=device)
-        request = torch.arange(count, device=device)  # which response each row in the batch is
-        done = torch.zeros(count, dtype=torch.bool, device=device)
-        for step in range(steps):
-            drawn, drawn_logprobs = sample(logits, uniforms[step], sampling)
-            tokens[step, request] = drawn
-            logprobs[step, request] = drawn_logprobs
-            if step + 1 == steps:
-                break
-            done |= is_eos[drawn]
-            if (step + 1) % check_every == 0:
-                finished = int(done.sum())
-                if finished == len(done):
-                    break
-                if finished >= _COMPACT_AT * len(done):
-                    kept = _close_ranks(done)
-                    rows.keep(kept)
-                    request, done, drawn, uniforms = request[kept], done[kept], drawn[kept], uniforms[:, kept]
-            logits = rows.step(drawn)
-        ended = torch.isin(tokens, ends)
-        finished_at = ended.any(0)
-        lengths = torch.where(finished_at, ended.int().argmax(0) + 1, steps)
-        return [
-            (row[:length], row_logprobs[:length], finished)
-            for row, row_logprobs, length, finished in zip(
-                tokens.T.cpu(), logprobs.T.cpu(), lengths.tolist(), finished_at.tolist(), strict=True
-            )
+
+class DecodedRows:
+    """What has been drawn for the rows under way, on the model's device."""
+
+    def __init__(self, device: torch.device, eos_ids: Sequence[int], sampling: SamplingParams, capacity: int):
+        self.device, self.sampling, self.steps = device, sampling, sampling.max_new_tokens
+        self.eos = torch.tensor([] if sampling.ignore_eos else eos_ids, dtype=torch.long, device=device)
+        self.requests: list[Request] = []
+        self.looked = 0  # steps since the last look at who has ended
+        self.drawn = 0  # of the row that has most
+        self.uniforms = torch.empty(capacity, self.steps, dtype=torch.float64, device=device)
+        self.tokens = torch.empty(capacity, self.steps, dtype=torch.long, device=device)
+        self.logprobs = torch.empty(capacity, self.steps, device=device)
+        self.free = list(range(capacity))
+        self.place = torch.empty(0, dtype=torch.long, device=device)  # of each row in these three
+        self.count = torch.empty(0, dtype=torch.long, device=device)  # tokens each row has
+        self.ends = torch.empty(0, dtype=torch.bool, device=device)
+
+    def join(self, requests: Sequence[Request], uids: Sequence[str], seed: int) -> None:
+        places, self.free = self.free[: len(requests)], self.free[len(requests) :]
+        uniforms = [
+            request_uniforms(seed, uid, request.response, self.steps)
+            for request, uid in zip(requests, uids, strict=True)
         ]
+        place = torch.tensor(places, device=self.device)
+        self.uniforms[place] = torch.stack(uniforms).to(self.device)
+        self.requests += requests
+        self.place = torch.cat([self.place, place])
+        self.count = torch.cat([self.count, torch.zeros_like(place)])
+        self.ends = torch.cat([self.ends, torch.zeros_like(place, dtype=torch.bool)])
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """One more token for each row, from `logits` [B, V]."""
+        at = self.place, self.count
+        drawn, logprobs = sample(logits, self.uniforms[at], self.sampling)
+        self.tokens[at], self.logprobs[at] = drawn, logprobs
+        self.count = self.count + 1
+        if self.eos.numel():
+            self.ends |= (drawn[:, None] == self.eos).any(1)
+        self.looked += 1
+        self.drawn += 1
+        return drawn
+
+    def ended(self) -> Tensor | None:
+        """The rows to go on with, ascending; None where none is known to have ended."""
+        every = _CUDA_LOOK_EVERY if self.device.type == "cuda" else 1
+        if self.looked < every and self.drawn < self.steps:
+            return None
+        self.looked = 0
+        going = ~self.ends & (self.count < self.steps)
+        if bool(going.all()):
+            return None
+        return going.nonzero()[:, 0]
+
+    def leave(self, kept: Tensor) -> Iterator[tuple[Request, Response]]:
+        """The responses of all rows but those `kept`, which stay."""
+        going = set(kept.tolist())
+        left = [i for i in range(len(self.requests)) if i not in going]
+        places = self.place[left]
+        tokens, logprobs = self.tokens[places].cpu(), self.logprobs[places].cpu()
+        is_end = torch.isin(tokens, self.eos.cpu())
+        for k, i in enumerate(left):
+            count = int(self.count[i])
+            ends = is_end[k, :count].nonzero()
+            length = int(ends[0]) + 1 if len(ends) else count
+            yield self.requests[i], Response(tokens[k, :length], logprobs[k, :length], len(ends) > 0)
+        self.free += places.tolist()
+        self.requests = [self.requests[i] for i in kept.tolist()]
+        self.place, self.count, self.ends = self.place[kept], self.count[kept], self.ends[kept]
+        self.drawn = int(self.count.max()) if self.requests else 0
 
 
-def _close_ranks(done: Tensor) -> Tensor:
-    """Rows to keep, as `Rows.keep` wants them: those alive, the last of them in the places of the
-    finished, so that as few as possible are moved. `done` is [B]; returns [B - finished] int64."""
-    alive = (~done).nonzero()[:, 0]
-    rows = torch.arange(len(alive), device=done.device)
-    holes = done[: len(alive)].nonzero()[:, 0]
-    rows[holes] = alive[len(alive) - len(holes) :]
-    return rows
+def _by_prompt(requests: Sequence[Request]) -> tuple[list[int], list[int]]:
+    """The prompts of these requests, in order, and how many requests each has."""
+    counts: dict[int, int] = {}
+    for request in requests:
+        counts[request.prompt] = counts.get(request.prompt, 0) + 1
+    return [*counts], [*counts.values()]
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> list[int]:

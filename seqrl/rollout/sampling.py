@@ -12,6 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from seqrl.kernels import draw, fits
 from seqrl.types import SamplingParams
 
 _ONE = 2.0**52
@@ -36,6 +37,8 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[
     largest logits and gives its log-prob at temperature 1.
     """
     logits = logits.float()
+    if in_one_pass(logits, sampling):
+        return draw(logits, sampling.temperature, uniforms)
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:
@@ -46,6 +49,12 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[
     if sampling.temperature != 0:
         tokens = _invert(logprobs.exp(), uniforms)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def in_one_pass(logits: Tensor, sampling: SamplingParams) -> bool:
+    """Whether the C for plain sampling will do."""
+    plain = sampling.temperature > 0 and sampling.top_p >= 1 and not 0 < sampling.top_k < logits.shape[-1]
+    return plain and fits(logits.dtype, logits.dtype, logits.device)
 
 
 def _restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:

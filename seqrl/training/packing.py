@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqrl.errors import UserError
+from seqrl.kernels import Spans
 from seqrl.types import Batch
 
 ATTENTION_NAME = "seqrl_flat"
@@ -102,6 +103,8 @@ class Layout:
     """[N*L] index into T' (0 where padding)."""
     to_flat: Tensor
     """[T'] index into N*L."""
+    spans: Spans
+    """The same for attention that needs no padding."""
 
     @classmethod
     def of(cls, offsets: Tensor, stand_in: Tensor | None = None) -> Layout:
@@ -117,7 +120,17 @@ class Layout:
         padded = row * longest + position
         to_padded = torch.zeros(sequences * longest, dtype=torch.long, device=offsets.device)
         to_padded[padded] = source
-        return cls(sequences, longest, token[own], source, position[own], to_padded, padded[own])
+        # What a sequence does not compute itself is a prompt: its beginning.
+        computed = torch.zeros(sequences, dtype=torch.long, device=offsets.device).index_add(
+            0, row, own.long()
+        )
+        spans = Spans(
+            shared=source[offsets[:-1]],
+            shared_columns=lengths - computed,
+            own=computed.cumsum(0) - computed,
+            own_columns=computed,
+        )
+        return cls(sequences, longest, token[own], source, position[own], to_padded, padded[own], spans)
 
     def pad(self, x: Tensor) -> Tensor:
         """[1, H, T', D] -> [N, H, L, D]."""
@@ -159,6 +172,19 @@ def flat_attention(
                 f"{type(module).__name__} needs attention with {name}, which seqrl's training forward "
                 "does not have; choose a model of another architecture"
             )
+    return padded_attention(query, key, value, layout, scaling=scaling, sliding_window=sliding_window), None
+
+
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """query [1, H, T', D], key and value [1, H_kv, T', D] -> [1, T', H, D]."""
     mask = None
     if sliding_window is not None and layout.longest > sliding_window:
         i = torch.arange(layout.longest, device=query.device)
@@ -172,7 +198,7 @@ def flat_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return layout.flatten(out), None
+    return layout.flatten(out)
 
 
 def register() -> None:

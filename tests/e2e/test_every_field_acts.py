@@ -51,7 +51,8 @@ from seqrl.config.schema import Config, SFTConfig
 from seqrl.errors import UserError
 from seqrl.report.files import METRICS, read_rows
 from seqrl.rewards import make_reward
-from seqrl.rollout.native import NativeDecoder
+from seqrl.native import forward as native
+from seqrl.rollout.decoding import DecodedRows
 from seqrl.tiny import CHAT_TEMPLATE, make_tokenizer, write_tiny_model
 from seqrl.types import Prompt, Rollout
 
@@ -301,11 +302,15 @@ def _run(config: Any, seen: Seen) -> None:
     out, warnings, logger = io.StringIO(), _Warnings(), logging.getLogger("seqrl")
     forwards: Counter[str] = Counter()
     decoded: Counter[int] = Counter()
-    forward = NativeDecoder.forward
+    draw, add_norm = DecodedRows.draw, native.add_norm
 
-    def counted(self: NativeDecoder, tokens: Any, *rest: Any) -> Any:
-        decoded[len(tokens)] += 1
-        return forward(self, tokens, *rest)
+    def counted(self: DecodedRows, logits: Any) -> Any:
+        decoded[len(logits)] += 1
+        return draw(self, logits)
+
+    def counted_norm(x: Any, *rest: Any) -> Any:
+        forwards[f"norm of {len(x)}"] += 1
+        return add_norm(x, *rest)
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: forwards.update([type(module).__name__])
@@ -313,7 +318,8 @@ def _run(config: Any, seen: Seen) -> None:
     logger.addHandler(warnings)
     try:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-            patch.setattr(NativeDecoder, "forward", counted)
+            patch.setattr(DecodedRows, "draw", counted)
+            patch.setattr(native, "add_norm", counted_norm)
             run_train(config, again="") if isinstance(config, Config) else run_sft(config)
     except UserError as error:
         seen.refused = str(error).splitlines()

@@ -1,0 +1,156 @@
+"""The two passes over a tile of logits: what is kept of it, and its gradient.
+
+In C (head.c) on a CPU in float32 and bfloat16, else in torch's own operations; the arithmetic is float32
+(float64 of float64 logits). Logarithms of probabilities below `FLOOR` count as `FLOOR`: there the probability
+is 0, and so is what it adds, even where a logit is minus infinity.
+
+Shape legend: R rows of a tile, W its width in entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_float, c_long, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seqrl.kernels.build import library
+
+FLOOR = -88.0
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """What statistics of logits in `dtype` are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Logits of R tokens: the entries of the vocabulary from `first` on."""
+
+    logits: Tensor
+    """[R, W], rows without gaps within."""
+    first: int
+    tokens: Tensor
+    """[R] int64, indices into the whole vocabulary."""
+    scale: float
+    """The inverse temperature, which logits are multiplied by."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What is known of R rows after some of their tiles; `fold` changes it in place. x is a scaled logit."""
+
+    largest: Tensor
+    """[R], m, the largest x."""
+    total: Tensor
+    """[R], the sum of exp(x - m)."""
+    moment: Tensor
+    """[R], the sum of exp(x - m) (x - m)."""
+    squares: Tensor
+    """[R], the sum of exp(x - m)^2."""
+    chosen: Tensor
+    """[R], x of the row's token."""
+
+    @classmethod
+    def nothing_yet(cls, rows: int, dtype: torch.dtype, device: torch.device) -> Sums:
+        zeros = torch.zeros(5, rows, dtype=dtype, device=device)
+        zeros[0] = torch.finfo(dtype).min
+        zeros[4] = torch.nan  # and stays so where the vocabulary does not have the token
+        return cls(*zeros)
+
+    def of(self, rows: slice) -> Sums:
+        """A view of some rows."""
+        return Sums(*(x[rows] for x in vars(self).values()))
+
+    @property
+    def log_total(self) -> Tensor:
+        """[R], the logarithm of the sum of exp(x)."""
+        return self.largest + self.total.log()
+
+    @property
+    def entropy(self) -> Tensor:
+        """[R], nats."""
+        return self.total.log() - self.moment / self.total
+
+    @property
+    def sum_pi_squared(self) -> Tensor:
+        """[R]"""
+        return self.squares / self.total.square()
+
+
+def fold(tile: Tile, into: Sums) -> None:
+    """Takes a tile into what is known of its rows."""
+    if _in_c(tile.logits):
+        _call("head_fold", tile, list(vars(into).values()))
+        return
+    x = _scaled(tile)
+    largest = torch.maximum(into.largest, x.amax(1))
+    step = into.largest - largest
+    keep = step.exp()
+    x = x.sub_(largest[:, None]).clamp_(min=FLOOR)
+    share = x.exp()
+    into.moment.addcmul_(into.total, step).mul_(keep).add_(x.mul_(share).sum(1))
+    into.total.mul_(keep).add_(share.sum(1))
+    into.squares.mul_(keep.square()).add_(share.square_().sum(1))
+    into.largest.copy_(largest)
+    at, here = _chosen(tile)
+    into.chosen.copy_(torch.where(here, tile.logits.gather(1, at)[:, 0] * tile.scale, into.chosen))
+
+
+def gradient(
+    tile: Tile,
+    log_total: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    *,
+    out: Tensor,
+    minus: Tensor | None = None,
+) -> None:
+    """Writes p (a + b log p + c p - minus) to `out` [R, W], and d more where a row has its token.
+
+    `log_total`, a, b, c and d are [R], `minus` [R, W]; `out` may be the logits themselves.
+    """
+    if minus is None and _in_c(tile.logits):
+        _call("head_gradient", tile, [log_total, a, b, c, d, out], c_long(out.stride(0)))
+        return
+    log_p = _scaled(tile).sub_(log_total[:, None]).clamp_(min=FLOOR)
+    p = log_p.exp()
+    grad = (log_p * b[:, None]).addcmul_(p, c[:, None]).add_(a[:, None])
+    if minus is not None:
+        grad -= minus.masked_fill(log_p <= FLOOR, 0.0)
+    at, here = _chosen(tile)
+    out.copy_(grad.mul_(p).scatter_add_(1, at, (d * here)[:, None]))
+
+
+def _scaled(tile: Tile) -> Tensor:
+    """[R, W], of its own memory."""
+    return tile.logits.to(exact(tile.logits.dtype), copy=True).mul_(tile.scale)
+
+
+def _chosen(tile: Tile) -> tuple[Tensor, Tensor]:
+    """Of each row, a column of the tile [R, 1], and whether its token is that column [R]."""
+    at = tile.tokens - tile.first
+    width = tile.logits.shape[1]
+    return at.clamp(0, width - 1)[:, None], (at >= 0) & (at < width)
+
+
+def _in_c(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.dtype in _SUFFIX and library() is not None
+
+
+def _call(name: str, tile: Tile, tensors: Sequence[Tensor], *more: c_long) -> None:
+    function = getattr(library(), f"{name}_{_SUFFIX[tile.logits.dtype]}")
+    sizes = (*tile.logits.shape, tile.logits.stride(0), tile.first)
+    pointers = (tile.logits, tile.tokens, *tensors)
+    function(
+        *(c_long(size) for size in sizes),
+        c_float(tile.scale),
+        *(c_void_p(x.data_ptr()) for x in pointers),
+        *more,
+    )

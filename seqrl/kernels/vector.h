@@ -1,0 +1,87 @@
+/* Sixteen numbers at a time, by the compiler's own vectors: whatever the processor has, they become its
+   instructions. Half-size storage is bfloat16, held as its upper 16 bits; all arithmetic is float32. */
+#ifndef SEQRL_VECTOR_H
+#define SEQRL_VECTOR_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+
+typedef float vf __attribute__((vector_size(64), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t vh __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t bf16;
+
+static inline vf splat(float x) { return x - (vf){0}; }
+
+static inline vf load_f32(const float *p) { return *(const vf *)p; }
+static inline void store_f32(float *p, vf x) { *(vf *)p = x; }
+
+static inline vf load_bf16(const bf16 *p) {
+    return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16);
+}
+
+/* Rounds to the nearest, ties to even; a NaN stays one. */
+static inline void store_bf16(bf16 *p, vf x) {
+    vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vu nan = (vu)(x != x);
+    *(vh *)p = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), vh);
+}
+
+static inline float get_f32(const float *p) { return *p; }
+static inline void put_f32(float *p, float x) { *p = x; }
+
+static inline float get_bf16(const bf16 *p) {
+    uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline void put_bf16(bf16 *p, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *p = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static inline float sum(vf x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+static inline float largest(vf x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+static inline vf pick(vi where, vf yes, vf no) { return (vf)(((vi)yes & where) | ((vi)no & ~where)); }
+static inline vf larger(vf a, vf b) { return pick(a > b, a, b); }
+
+/* exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by a polynomial of degree 6: within 2 units in the last place.
+   Below -87 it is 0, above 88 infinite; a NaN stays one. */
+static inline vf vexp(vf x) {
+    vf bounded = pick(x > 88.0f, splat(88.0f), pick(x < -87.0f, splat(-87.0f), x));
+    vf shifted = bounded * 1.44269504f + 12582912.0f; /* rounds to an integer, in the low bits */
+    vi power = ((vi)shifted - 0x4b400000) << 23;
+    vf n = shifted - 12582912.0f;
+    vf r = bounded - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vf result = (vf)((vi)p + power);
+    result = pick(x < -87.0f, splat(0.0f), pick(x > 88.0f, splat(INFINITY), result));
+    return pick(x == x, result, x);
+}
+
+#endif

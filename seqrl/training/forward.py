@@ -1,0 +1,100 @@
+"""A micro-batch through the model, down to the last hidden states.
+
+Models the native forward knows go through it; all others through their own transformers forward, with our
+attention (`packing.flat_attention`). Both see flat tokens, the prompt of a group once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqrl.kernels import fits, self_attention, turned
+from seqrl.native.forward import hidden_states
+from seqrl.native.weights import Layer, Weights, read_weights, why_unreadable
+from seqrl.training.experts import EXPERTS_NAME
+from seqrl.training.packing import Layout, padded_attention
+from seqrl.types import Batch
+
+
+def response_hidden(model: Any, part: Batch, layout: Layout, positions: Tensor) -> Tensor:
+    """What the head would see at `positions` [R], indices into the computed tokens of `part`: [R, H]."""
+    if is_native(model):
+        return _native(model, part, layout).index_select(0, positions)
+    return _by_transformers(model, part, layout, positions)
+
+
+def is_native(model: Any) -> bool:
+    """Whether the native forward stands in for the model's own: it knows it, and nobody asked for experts
+    of another kind."""
+    return why_unreadable(model) is None and (
+        model.config._experts_implementation in (EXPERTS_NAME, None) or model.config.model_type != "qwen3_moe"
+    )
+
+
+def _native(model: Any, part: Batch, layout: Layout) -> Tensor:
+    """[T', H]"""
+    tokens = part.tokens[layout.computed]
+    device = tokens.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    with torch.autocast(device, enabled=False):  # types are chosen here, operation by operation
+        w = read_weights(model, dtype, length=layout.longest)
+        return hidden_states(w, tokens, _attention(w, layout))
+
+
+def _attention(w: Weights, layout: Layout) -> Callable[[int, Layer, Tensor], Tensor]:
+    size, stream = w.turn.size, w.embedding.dtype
+    in_c = fits(stream, w.dtype, layout.positions.device, size // 2)
+
+    def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
+        if in_c:
+            return self_attention(qkv, layer.q_norm, layer.k_norm, layout.positions, w.turn, layout.spans)
+        q, k, v = turned(qkv, layout.positions, w.turn, layer.q_norm, layer.k_norm)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return padded_attention(q, k, v, layout)[0].flatten(1)
+
+    return attention
+
+
+def _by_transformers(model: Any, part: Batch, layout: Layout, positions: Tensor) -> Tensor:
+    """The model's own call of its head sees one row."""
+    seen: list[Tensor] = []
+
+    def take(hidden: Tensor) -> Tensor:
+        # Transformers' own `logits_to_keep` indexes instead, whose backward adds up row by row on a CPU.
+        seen.append(hidden.index_select(1, positions)[0])
+        return hidden[:, :1]
+
+    with _head_input(model.get_output_embeddings(), take):
+        own_logits(model, part, layout)
+    return seen[0]
+
+
+def own_logits(model: Any, part: Batch, layout: Layout) -> Tensor:
+    """[T', V] of the model's own forward; fewer rows where its head sees fewer."""
+    return model(
+        input_ids=part.tokens[layout.computed][None],
+        position_ids=layout.positions[None],
+        use_cache=False,
+        layout=layout,
+    ).logits[0]
+
+
+@contextmanager
+def _head_input(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """For this time `head` sees what `change` makes of its input [1, T', H]."""
+    hook = head.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def response_logits(model: Any, part: Batch, layout: Layout, positions: Tensor) -> Tensor:
+    """The logits [R, V] at `positions`, by the model's own head and whatever it does after it."""
+    with _head_input(model.get_output_embeddings(), lambda hidden: hidden.index_select(1, positions)):
+        return own_logits(model, part, layout)
