@@ -62,9 +62,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# All benchmarks, or one: make bench BENCH=rollout ARGS='--vllm PYTHON'. What each measures: benchmarks/README.md.
+BENCH = step rollout update logprob_head experts losses scaling overhead
+ARGS =
+
 bench: setup
 	@$(INSTALL) --editable '.[bench]'
-	$(BIN)/python -m benchmarks.step
+	@for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
 
 docs: setup
 	$(BIN)/python -m seqrl.config.keys > docs/keys.md

@@ -9,79 +9,64 @@ Turn by turn on the same weights and tokens, so that a busy machine slows all al
 from __future__ import annotations
 
 import argparse
-import statistics
+import os
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from seqrl.config.schema import FSDPConfig, ModelConfig, OptimConfig
-from seqrl.tiny import write_tiny_model
-from seqrl.trainer.sft import to_batch
-from seqrl.training.local import LocalEngine
-from seqrl.training.model import load_model
+from benchmarks.measure import RESULTS, Ratio, setting, table, take_turns, write_results
+from benchmarks.update import DTYPES, local_engine, random_batch, write_checkpoint
+from seqrl.training.experts import EXPERTS_NAME
 from seqrl.training.objective import Likelihood
-from seqrl.types import Batch
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "sorted")
+IMPLEMENTATIONS = (EXPERTS_NAME, "grouped_mm", "eager")
 """Without `batched_mm`, which copies each token's experts and takes tens of times as long on CPU."""
-MODELS = {
-    "quickstart (8 experts, top-2)": {},
-    "64 experts, top-8": {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 64},
-}
+MODELS = {"moe-8x2": "8 experts, top-2", "moe-64x8": "64 experts, top-8"}
+SEQUENCES, RESPONSE = 64, 64
 
 
-def batch(sequences: int) -> Batch:
-    """Sequences of 9 prompt tokens and 17 answer tokens, as in the quickstart."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 255, (sequences, 26), generator=generator).tolist()
-    return to_batch([(row[:9], row[9:]) for row in tokens])
+def measure(model: str, dtype: torch.dtype, turns: int) -> dict[str, list[float]]:
+    """Seconds of each turn's update, by implementation."""
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = local_engine(write_checkpoint(model, Path(scratch)), dtype)
+    batch, objective = random_batch(torch.full((SEQUENCES,), RESPONSE)), Likelihood()
+
+    def update_with(implementation: str) -> Callable[[], None]:
+        def run() -> None:
+            engine.model.set_experts_implementation(implementation)
+            engine.update(batch, objective)
+
+        return run
+
+    return take_turns({name: update_with(name) for name in IMPLEMENTATIONS}, turns)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS])
     parser.add_argument("--turns", type=int, default=5)
-    turns = parser.parse_args().turns
-    for name, overrides in MODELS.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            seconds = measure(overrides, dtype, turns)
-            base = statistics.median(seconds["grouped_mm"])
-            line = ", ".join(
-                f"{impl} {statistics.median(times) * 1000:.0f} ms ({statistics.median(times) / base:.2f}x)"
-                for impl, times in seconds.items()
-            )
-            print(f"{name}, {str(dtype).removeprefix('torch.')}: {line}", flush=True)
-
-
-def measure(overrides: dict[str, int], dtype: torch.dtype, turns: int) -> dict[str, list[float]]:
-    """Seconds of each turn's update of 64 sequences, by implementation."""
-    with tempfile.TemporaryDirectory() as directory:
-        write_tiny_model(Path(directory), seed=0, **overrides)
-        config = ModelConfig(path=directory, enable_gradient_checkpointing=False)
-        model = load_model(config, FSDPConfig(), torch.device("cpu"), key="model.path")
-    engine = LocalEngine(
-        model,
-        None,
-        optim=OptimConfig(lr=0.0),
-        total_steps=1,
-        grad_clip=1.0,
-        temperature=1.0,
-        compute_dtype=dtype,
-        max_tokens=16384,
-        micro_batch_size=None,
-        with_reference=False,
-    )
-    data, objective = batch(64), Likelihood()
-    seconds: dict[str, list[float]] = {impl: [] for impl in IMPLEMENTATIONS}
-    for turn in range(turns + 1):
-        for impl, times in seconds.items():
-            model.set_experts_implementation(impl)
-            start = time.perf_counter()
-            engine.update(data, objective)
-            if turn > 0:  # the first warms up
-                times.append(time.perf_counter() - start)
-    return seconds
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    here = setting(turns=args.turns)
+    runs = {(m, d): measure(m, DTYPES[d], args.turns) for m in args.model for d in DTYPES}
+    ours, *others = IMPLEMENTATIONS
+    columns = ["", *(f"{name}, s" for name in IMPLEMENTATIONS), *(f"{name} takes, times" for name in others)]
+    rows = [
+        [
+            f"{MODELS[model]}, {dtype}",
+            *(f"{median(seconds[x]):.3f}" if x in seconds else "failed" for x in IMPLEMENTATIONS),
+            *(Ratio.of(seconds[x], seconds[ours]) if x in seconds else "" for x in others),
+        ]
+        for (model, dtype), seconds in runs.items()
+    ]
+    markdown = f"# Experts: an update of {SEQUENCES} sequences\n\n{table(columns, rows)}"
+    numbers = {f"{model}, {dtype}": seconds for (model, dtype), seconds in runs.items()}
+    write_results("experts", here, markdown, numbers, directory=args.out)
 
 
 if __name__ == "__main__":

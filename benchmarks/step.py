@@ -1,10 +1,10 @@
 """One GSPO iteration of seqrl against TRL's GRPOTrainer, turn by turn in one process.
 
-An iteration is 32 prompts x 8 responses of up to 64 tokens, rewards, old log-probs and 4 optimizer steps.
-Both start from the same weights and have the same prompts, temperature, reward, loss, clip range and AdamW,
-in float32. TRL's own loop drives: after each of its iterations its clock stands still while seqrl does one.
+An iteration is 32 prompts x 8 responses, rewards, old log-probs and 4 optimizer steps. Both start from the
+same weights and have the same prompts, temperature, reward, loss, clip range and AdamW. TRL's own loop
+drives: after each of its iterations its clock stands still while seqrl does one in each dtype.
 
-    python -m benchmarks.step [--workload random cold-start] [--iterations 9]
+    python -m benchmarks.step [--workload spread up-to-64] [--model dense-3m moe-8x2] [--dtype float32]
 
 Needs the `bench` extra; without TRL it says so and measures seqrl alone. See benchmarks/README.md.
 """
@@ -12,30 +12,44 @@ Needs the `bench` extra; without TRL it says so and measures seqrl alone. See be
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 
-PROBLEMS, PROMPTS, RESPONSES, MAX_TOKENS, MINI_BATCHES = 3000, 32, 8, 64, 4
+from benchmarks.measure import Ratio, setting, table, write_results
+from benchmarks.models import SHAPES, write_model
+
+PROBLEMS, PROMPTS, RESPONSES, MINI_BATCHES = 3000, 32, 8, 4
 CLIP_LOW, CLIP_HIGH, LEARNING_RATE = 3e-4, 4e-4, 5e-5
 STAGES = ("generation", "old log-probs", "update", "rest")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Workload:
+    about: str
+    limit: int
+    """Most tokens of a response."""
+    mean_length: float | None = None
+    """Tokens, where responses end by themselves at log-normal lengths; see `benchmarks.models`."""
+
+
 WORKLOADS = {
-    "random": "Untrained weights: most responses run to the limit.",
-    "cold-start": "After the quickstart's cold start: responses end by themselves.",
+    "spread": Workload("Responses end by themselves at log-normal lengths, up to 256 tokens.", 256, 64.0),
+    "up-to-64": Workload("Untrained weights: most responses run to the limit of 64 tokens.", 64),
+    "up-to-256": Workload("Untrained weights: many responses run to the limit of 256 tokens.", 256),
+    "cold-start": Workload("After the quickstart's cold start: responses end by themselves, early.", 64),
 }
 
 
@@ -48,6 +62,10 @@ class Iteration:
     """Mean, tokens."""
     stages: Mapping[str, float]
     """Seconds by stage."""
+
+
+Turns = Mapping[str, list[Iteration]]
+"""By side, as `TRL float32`."""
 
 
 class Stopwatch:
@@ -66,25 +84,28 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 
 
 class Seqrl:
-    """`seqrl train` with the quickstart recipe, one step at a time."""
+    """`seqrl train` with the quickstart recipe, a step at a time; weights in float32, products in `dtype`."""
 
-    def __init__(self, model: Path, directory: Path) -> None:
+    def __init__(self, model: Path, directory: Path, *, limit: int, dtype: str, bypass: bool) -> None:
         from seqrl.cli import build_trainer
         from seqrl.config.load import load
         from seqrl.config.schema import Config
 
-        directory.mkdir()
+        directory.mkdir(parents=True)
         arguments = [
             "--config-name=quickstart",
             f"actor_rollout_ref.model.path={model}",
             f"data.train_files=chained_arithmetic:?size={PROBLEMS}&split=train",
             f"data.train_batch_size={PROMPTS}",
-            f"data.max_response_length={MAX_TOKENS}",
+            f"data.max_response_length={limit}",
             f"actor_rollout_ref.rollout.n={RESPONSES}",
             f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // MINI_BATCHES}",
             f"actor_rollout_ref.actor.clip_ratio_low={CLIP_LOW}",
             f"actor_rollout_ref.actor.clip_ratio_high={CLIP_HIGH}",
             f"actor_rollout_ref.actor.optim.lr={LEARNING_RATE}",
+            "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
+            f"actor_rollout_ref.actor.fsdp_config.dtype={dtype}",
+            f"algorithm.rollout_correction.bypass_mode={str(bypass).lower()}",
             f"custom_reward_function.path={Path(__file__).resolve()}",
             f"trainer.default_local_dir={directory}",
             "trainer.device=cpu",
@@ -103,7 +124,9 @@ class Seqrl:
         return watch.iteration(metrics["response_length/mean"], stages)
 
 
-def trl_trainer(model: Path, directory: Path, experts: str, iterations: int) -> Any:
+def trl_trainer(
+    model: Path, directory: Path, *, limit: int, dtype: str, experts: str, iterations: int
+) -> Any:
     """TRL's GRPOTrainer as fast as its options make it on CPU; seconds by stage go to its `stages`."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -139,13 +162,13 @@ def trl_trainer(model: Path, directory: Path, experts: str, iterations: int) -> 
     config = GRPOConfig(
         output_dir=str(directory),
         use_cpu=True,
-        bf16=False,
+        bf16=dtype == "bfloat16",
         gradient_checkpointing=False,
         per_device_train_batch_size=PROMPTS * RESPONSES // MINI_BATCHES,
         steps_per_generation=MINI_BATCHES,
         num_generations=RESPONSES,
         max_steps=MINI_BATCHES * iterations,
-        max_completion_length=MAX_TOKENS,
+        max_completion_length=limit,
         importance_sampling_level="sequence",
         loss_type="grpo",
         epsilon=CLIP_LOW,
@@ -160,19 +183,23 @@ def trl_trainer(model: Path, directory: Path, experts: str, iterations: int) -> 
         disable_tqdm=True,
     )
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
-    policy.set_experts_implementation(experts)
-    return TimedTrainer(
+    if hasattr(policy.config, "num_experts"):
+        policy.set_experts_implementation(experts)
+    trainer = TimedTrainer(
         policy,
         reward,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows(size=PROBLEMS)]),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
+    # accelerate keeps one state for all trainers of a process.
+    assert trainer.accelerator.mixed_precision == {"float32": "no", "bfloat16": "bf16"}[dtype]
+    return trainer
 
 
-def take_turns(trainer: Any, then: Callable[[], None]) -> list[Iteration]:
+def drive(trainer: Any, then: Callable[[], None]) -> list[Iteration]:
     """Runs TRL's loop to its end, with `then` after each iteration, outside its time."""
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     iterations: list[Iteration] = []
 
@@ -192,30 +219,21 @@ def take_turns(trainer: Any, then: Callable[[], None]) -> list[Iteration]:
 
     trainer.stages = {}
     trainer.add_callback(Turns())
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return iterations
 
 
-def measure(model: Path, directory: Path, args: argparse.Namespace) -> dict[str, list[Iteration]]:
-    """Iterations by trainer, those of the warm-up left out."""
-    seqrl, ours, count = Seqrl(model, directory / "seqrl"), [], args.warmup + args.iterations
-    if not args.compare:
-        return {"seqrl": [seqrl.iterate() for _ in range(count)][args.warmup :]}
-    trainer = trl_trainer(model, directory / "trl", args.trl_experts, count)
-    theirs = take_turns(trainer, then=lambda: ours.append(seqrl.iterate()))
-    return {"seqrl": ours[args.warmup :], "trl": theirs[args.warmup :]}
-
-
-def write_model(workload: str, directory: Path) -> Path:
-    """The quickstart's model, as it is made or after its cold start."""
+def make_model(name: str, workload: Workload, directory: Path) -> Path:
+    """A Hugging Face directory: one of `SHAPES`, or `quickstart`, that model after its cold start."""
+    if name != "quickstart":
+        return write_model(name, directory / "model", mean_length=workload.mean_length, limit=workload.limit)
     from seqrl.cli import main as seqrl
     from seqrl.data.chained_arithmetic import worked_rows
     from seqrl.tiny import write_tiny_model
 
     model, solutions = directory / "model", directory / "solutions.jsonl"
     write_tiny_model(model, seed=1)
-    if workload == "random":
-        return model
     solutions.write_text("".join(json.dumps(row) + "\n" for row in worked_rows(size=16384, seed=1)))
     files = [f"model.path={model}", f"data.train_files={solutions}"]
     run = [f"trainer.default_local_dir={directory / 'sft'}", "trainer.logger=[]"]
@@ -224,71 +242,120 @@ def write_model(workload: str, directory: Path) -> Path:
     return directory / "sft" / "huggingface"
 
 
-def to_markdown(setting: Mapping[str, Any], runs: Mapping[str, Mapping[str, list[Iteration]]]) -> str:
-    """Medians by trainer, and TRL's time over seqrl's, turn by turn."""
-    lines = [
-        "# One GSPO iteration: seqrl and TRL\n",
-        f"{PROMPTS} prompts x {RESPONSES} responses of up to {MAX_TOKENS} tokens, {MINI_BATCHES} optimizer "
-        "steps. Seconds, medians over turns; processor seconds are those of all threads together.\n",
-        *(f"- {name}: {value}" for name, value in setting.items()),
-    ]
-    for workload, sides in runs.items():
-        lines += ["", f"## {workload}\n", f"{WORKLOADS[workload]}\n"]
-        lines += [f"| | iteration | {' | '.join(STAGES)} | processor | response, tokens |", "|---" * 8 + "|"]
-        for name, turns in sides.items():
+def measure(
+    model: Path, directory: Path, workload: Workload, theirs: str | None, args: argparse.Namespace
+) -> Turns:
+    """The turns of TRL in the dtype `theirs` (None: without it) and of seqrl in every dtype, warmed up."""
+    ours, count = {}, args.warmup + args.iterations
+    for dtype in args.dtype:
+        bypass = dtype == "float32" if args.bypass is None else args.bypass
+        name = f"seqrl {dtype}" + (" (bypass)" if bypass else "")
+        ours[name] = Seqrl(model, directory / dtype, limit=workload.limit, dtype=dtype, bypass=bypass)
+    turns: dict[str, list[Iteration]] = {name: [] for name in ours}
+
+    def iterate() -> None:
+        for name, seqrl in ours.items():
+            turns[name].append(seqrl.iterate())
+
+    if theirs is None:
+        for _ in range(count):
+            iterate()
+    else:
+        same = {"limit": workload.limit, "dtype": theirs, "experts": args.trl_experts, "iterations": count}
+        trainer = trl_trainer(model, directory / "trl", **same)
+        turns |= {f"TRL {theirs}": drive(trainer, then=iterate)}
+    return {name: iterations[args.warmup :] for name, iterations in turns.items()}
+
+
+def median_seconds(turns: Sequence[Iteration]) -> float:
+    return median(turn.seconds for turn in turns)
+
+
+def compare(runs: Sequence[Turns]) -> dict[str, Ratio]:
+    """TRL's time over seqrl's, turn by turn in one run: the fastest of each, and each dtype with its like."""
+
+    def fastest(run: Turns, sides: str) -> str:
+        names = [side for side in run if side.startswith(sides)]
+        return min(names, key=lambda side: median_seconds(run[side]))
+
+    def ratio(run: Turns, ours: str) -> Ratio:
+        both = run[fastest(run, "TRL")], run[ours]
+        return Ratio.of(*([turn.seconds for turn in turns] for turns in both))
+
+    best = min(runs, key=lambda run: median_seconds(run[fastest(run, "TRL")]))
+    theirs, ours = fastest(best, "TRL"), fastest(best, "seqrl")
+    ratios = {f"each at its best: {theirs}, {ours}": ratio(best, ours)}
+    for run in runs:
+        dtype = fastest(run, "TRL").removeprefix("TRL ")
+        ratios[f"both in {dtype}"] = ratio(run, fastest(run, f"seqrl {dtype}"))
+    return ratios
+
+
+def section(title: str, about: str, runs: Sequence[Turns]) -> str:
+    """Medians by side, a table for each run, and the ratios."""
+    columns = ("", "iteration", *STAGES, "processor", "response, tokens")
+    lines = [f"## {title}", about]
+    for run in runs:
+        rows = []
+        for side, turns in run.items():
             stages = [median(turn.stages[stage] for turn in turns) for stage in STAGES]
-            processor = median(turn.processor_seconds for turn in turns)
-            cells = [median(turn.seconds for turn in turns), *stages, processor]
+            cells = [median_seconds(turns), *stages, median(turn.processor_seconds for turn in turns)]
             length = mean(turn.response_length for turn in turns)
-            lines.append(f"| {name} | {' | '.join(f'{x:.2f}' for x in cells)} | {length:.1f} |")
-        if "trl" in sides:
-            pairs = list(zip(sides["trl"], sides["seqrl"], strict=True))
-            ratios = sorted(a.seconds / b.seconds for a, b in pairs)
-            lines.append(f"\n**TRL takes {median(ratios):.2f} times as long**, in a turn {ratios[0]:.2f}")
-            processor = median(a.processor_seconds / b.processor_seconds for a, b in pairs)
-            lines.append(f"to {ratios[-1]:.2f}; {processor:.2f} times the processor time.")
-    return "\n".join(lines) + "\n"
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [x for x in cpuinfo.read_text().splitlines() if "model name" in x] if cpuinfo.exists() else []
-    processor = names[0].split(":")[1].strip() if names else platform.machine()
-    packages = ["seqrl", "torch", "transformers", *(["trl"] if args.compare else [])]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
-        "processor": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, float32",
-        "turns": f"{args.iterations} each, in alternation, after {args.warmup} to warm up",
-        "TRL's experts_implementation": args.trl_experts if args.compare else "TRL is not installed",
-    }
+            rows.append((side, *(f"{x:.2f}" for x in cells), f"{length:.1f}"))
+        lines.append(table(columns, rows))
+    if any(side.startswith("TRL") for side in runs[0]):
+        lines.append(table(("", "TRL takes, times as long"), compare(runs).items()))
+    return "\n\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=[*WORKLOADS])
-    parser.add_argument("--iterations", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--trl-experts", default="grouped_mm", choices=["eager", "grouped_mm", "batched_mm"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step")
-    args = parser.parse_args()
+    args = parse()
     torch.set_num_threads(args.threads)
     args.compare = importlib.util.find_spec("trl") is not None
     if not args.compare:
         print("*** NO COMPARISON: TRL is not installed, seqrl alone is measured. ***", file=sys.stderr)
         print("*** It comes with: pip install 'seqrl[bench]' ***", file=sys.stderr)
-    setting, load = describe(args), os.getloadavg()[0]
-    runs: dict[str, dict[str, list[Iteration]]] = {}
+    here = setting(
+        *(["trl"] if args.compare else []),
+        turns=f"{args.iterations} each, in alternation, after {args.warmup} to warm up",
+        **({"TRL's_experts_implementation": args.trl_experts} if args.compare else {}),
+    )
+    sections, numbers = [], {}
     for workload in args.workload:
-        with tempfile.TemporaryDirectory() as scratch:
-            runs[workload] = measure(write_model(workload, Path(scratch)), Path(scratch), args)
-    setting["load average"] = f"{load:.1f} before, {os.getloadavg()[0]:.1f} after"
-    print(report := to_markdown(setting, runs))
-    turns = {w: {side: [asdict(t) for t in ts] for side, ts in sides.items()} for w, sides in runs.items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".md").write_text(report)
-    args.out.with_suffix(".json").write_text(json.dumps(setting | {"turns": turns}, indent=1) + "\n")
+        for model in ["quickstart"] if workload == "cold-start" else args.model:
+            with tempfile.TemporaryDirectory() as scratch:
+                path = make_model(model, WORKLOADS[workload], Path(scratch))
+                runs = [
+                    measure(path, Path(scratch) / f"beside-{theirs}", WORKLOADS[workload], theirs, args)
+                    for theirs in (args.dtype if args.compare else [None])
+                ]
+            numbers[f"{model}, {workload}"] = runs
+            sections.append(section(f"{model}, {workload}", WORKLOADS[workload].about, runs))
+            print(sections[-1], file=sys.stderr)
+    title = (
+        f"# One GSPO iteration: seqrl and TRL\n\n{PROMPTS} prompts x {RESPONSES} responses, {MINI_BATCHES} "
+        "optimizer steps. Seconds, medians over turns; processor seconds are those of all threads together; "
+        "ratios with the smallest and the largest of a turn."
+    )
+    write_results(args.name, here, "\n\n".join([title, *sections]), numbers)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", nargs="+", choices=[*SHAPES], default=["dense-3m", "moe-8x2"])
+    parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS], default=["spread", "up-to-64"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES], help="of both sides")
+    parser.add_argument("--iterations", type=int, default=5, help="counted turns")
+    parser.add_argument("--warmup", type=int, default=1, help="turns before them")
+    parser.add_argument(
+        "--bypass",
+        action=argparse.BooleanOptionalAction,
+        help="seqrl takes old log-probs from the rollout; by default in float32 alone",
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--trl-experts", default="grouped_mm", choices=["eager", "grouped_mm", "batched_mm"])
+    parser.add_argument("--name", default="step", help="of the files in benchmarks/results")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

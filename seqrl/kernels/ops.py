@@ -116,7 +116,8 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx: Any, carried: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         out, weight, rstd = ctx.saved_tensors
         if dy is None:
-            return carried, None if carried is None else carried.to(ctx.dtype), None, None, None
+            assert carried is not None
+            return carried, carried.to(ctx.dtype) if ctx.needs_input_grad[1] else None, None, None, None
         rows, width = out.shape
         dx, threads = torch.empty_like(out), torch.get_num_threads()
         dweight = torch.zeros(threads, width)
