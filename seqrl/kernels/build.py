@@ -44,10 +44,16 @@ ARGUMENTS = {
     **{f"{name}_{type_}": said for name, said in _OF_STORAGE.items() for type_ in ("f32", "bf16")},
     "attend_forward": "llll ppppppppp",
     "attend_backward": "llll ppppppppppp l ppp",
+    "expert_forward": "lll ppppp",
+    "expert_backward_x": "lll pppp",
+    "expert_backward_w": "lll ppppp",
     "draw": "ll p f ppp",
 }
 """What each function takes, in order: l a long, f a float, p a pointer."""
-FAILING = {"attend_forward", "attend_backward", "attend_cached_f32", "attend_cached_bf16", "draw"}
+FAILING = {"attend_forward", "attend_backward", "attend_cached_f32", "attend_cached_bf16", "draw"} | {
+    "expert_forward",
+    "expert_backward_x",
+}
 """Functions that need scratch memory, and give back 1 where there is none."""
 SWITCH = "SEQRL_KERNELS"
 """Environment variable: `0` leaves the kernels out, for a look at what torch's own operations give."""
@@ -60,12 +66,12 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         loaded = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
+        reason = (getattr(error, "stderr", None) or "").strip() or str(error)
         _log.warning(
             "kernels: the C kernels could not be compiled (%s); torch's own operations stand in, which are "
             "slower. A C compiler (gcc or clang) makes up for it; %s=0 silences this",
-            reason.strip().splitlines()[0],
+            reason.splitlines()[0],
             SWITCH,
         )
         return None

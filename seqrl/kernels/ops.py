@@ -65,6 +65,18 @@ def _by_onednn(x: Tensor) -> bool:
     )
 
 
+def recurring(rows: int, device: torch.device) -> int:
+    """At least `rows`, and hardly more: one of few numbers of rows that come again and again.
+
+    On a CPU oneDNN compiles a kernel for each shape it meets, which takes milliseconds, as long as many a
+    product itself.
+    """
+    if device.type != "cpu" or rows <= 8:
+        return rows
+    step = max(4, 2 ** (rows.bit_length() - 5))
+    return -(-rows // step) * step
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x` [T, in] times the transpose of `weight` [out, in], plus `bias` [out]; without gradient."""
     if _by_onednn(x) and x.shape[0]:
@@ -180,7 +192,7 @@ def turned(
     qkv: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [T, Q, D], k [T, K, D] and v [T, K, D] (a view) of `qkv` [T, (Q + 2K) D] at `positions` [T]."""
-    rows = qkv.view(len(qkv), -1, turn.size)
+    rows = qkv.view(len(qkv), turn.heads + 2 * turn.kv_heads, turn.size)
     v = rows[:, turn.heads + turn.kv_heads :]
     stream = qkv.dtype if q_weight is None else q_weight.dtype
     if not fits(stream, qkv.dtype, qkv.device, turn.size // 2) or _wants_gradient(qkv):
@@ -218,10 +230,10 @@ def _turned_by_torch(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
     """Causal attention in C (see `fits`), without gradient: [T, Q, D] in q's type, and the log-sum-exp of
-    the scores [T, Q] float32."""
+    the scores [T, Q] float32; 0 for tokens of no sequence."""
     dtype, (tokens, heads, _) = q.dtype, q.shape
     q, k, v = (x.float().contiguous() for x in (q, k, v))
-    out, lse = torch.empty_like(q), q.new_empty(tokens, heads)
+    out, lse = torch.zeros_like(q), q.new_zeros(tokens, heads)
     _call("attend_forward", *_of_spans(spans, q, k, v), out, lse)
     return out.to(dtype), lse
 
@@ -256,7 +268,7 @@ class _SelfAttention(torch.autograd.Function):
         turn, threads = ctx.turn, torch.get_num_threads()
         with torch.no_grad():
             q, k, v = (x.float().contiguous() for x in turned(qkv, positions, turn, q_weight, k_weight))
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         _call(
             "attend_backward",
             *(*_of_spans(ctx.spans, q, k, v), out.float(), lse, grad.float().contiguous()),
@@ -338,7 +350,7 @@ def combined(x: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
     """y[t] = sum over j of weights[t, j] x[place[t, j]]: `x` [P, H], `place` [T, k] a permutation of P,
     `weights` [T, k] float32 (None: ones) -> [T, H]. Without gradient."""
     if not fits(x.dtype, x.dtype, x.device, x.shape[1]):
-        by_token = x.index_select(0, place.flatten()).view(*place.shape, -1)
+        by_token = x.index_select(0, place.flatten()).view(*place.shape, x.shape[1])
         return (by_token if weights is None else by_token * weights[..., None].to(x.dtype)).sum(1)
     out = x.new_empty(len(place), x.shape[1])
     _call(f"combine_{_SUFFIX[x.dtype]}", *place.shape, x.shape[1], x, place, weights, out)
@@ -358,6 +370,29 @@ def combined_backward(x: Tensor, place: Tensor, weights: Tensor, grad: Tensor) -
         *(*place.shape, x.shape[1], x, place, weights, grad.contiguous(), dx, dweights),
     )
     return dx, dweights
+
+
+def expert_products(x: Tensor, token: Tensor | None, weight: Tensor, ends: Tensor) -> Tensor:
+    """Row r of the result [P, out] is `x[token[r]]` (x[r] where that is None) times the transpose of its
+    expert's matrix in `weight` [E, out, in]. In C (see `fits`), without gradient.
+
+    Expert e has the rows up to `ends[e]`, [E] int64, from where the expert before it ends.
+    """
+    experts, outs, ins = weight.shape
+    out = torch.empty(len(x) if token is None else len(token), outs)
+    _call("expert_forward", experts, ins, outs, x.float(), token, weight.float(), ends, out)
+    return out.to(x.dtype)
+
+
+def expert_products_backward(
+    grad: Tensor, x: Tensor, token: Tensor | None, weight: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the rows taken from `x`, [P, in], and to `weight`, given `grad` [P, out]."""
+    (experts, outs, ins), wide = weight.shape, grad.float()
+    dx, dweight = torch.empty(len(grad), ins), torch.empty(weight.shape)
+    _call("expert_backward_x", experts, ins, outs, wide, weight.float(), ends, dx)
+    _call("expert_backward_w", experts, ins, outs, wide, x.float(), token, ends, dweight)
+    return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -416,8 +451,9 @@ class Cache:
         )
 
     def append(self, k: Tensor, v: Tensor, slot: Tensor, column: Tensor) -> None:
-        """Puts the key and value of each token, [T, K, D], into `column` [T] of `slot` [T], both int64."""
-        tokens, kv_heads, size = k.shape
+        """Puts the key and value of each token, [T, K, D], into `column` of `slot`, both [T] int64; tokens
+        beyond these two are left out."""
+        (_, kv_heads, size), tokens = k.shape, len(slot)
         _call(
             f"append_{_SUFFIX[k.dtype]}",
             *(tokens, kv_heads, size, self.keys.shape[2], k, v, v.stride(0)),
@@ -436,13 +472,13 @@ def attend_cached(
 ) -> Tensor:
     """One query a row, `q` [B, Q, D], over the columns of its prompt and then its own: [B, Q D].
 
-    Row r has the prompt in slot `prompt[r]` of `prompts`, of `prompt_columns[prompt[r]]` columns, and
-    `own_columns[r]` columns in slot `slot[r]` of `own`.
+    There may be more rows than `slot` has, which get 0. Row r has the prompt in slot `prompt[r]` of
+    `prompts`, of `prompt_columns[prompt[r]]` columns, and `own_columns[r]` in slot `slot[r]` of `own`.
     """
-    out = torch.empty_like(q)
+    out = torch.zeros_like(q)
     _call(
         f"attend_cached_{_SUFFIX[q.dtype]}",
-        *(len(q), q.shape[1], own.keys.shape[1], q.shape[2], q),
+        *(len(slot), q.shape[1], own.keys.shape[1], q.shape[2], q),
         *(prompts.keys, prompts.values, prompts.keys.shape[2], prompt, prompt_columns),
         *(own.keys, own.values, own.keys.shape[2], slot, own_columns, out),
     )

@@ -1,9 +1,8 @@
 """Mixture-of-experts layers, with their gradient, for a few rows (decoding) and for many.
 
-Each (token, expert) pair is one row of work, and pairs are sorted by expert. Three ways to do it:
-- expert by expert, the whole gated layer on the pairs of one, with its gradient (training, prefill);
-- from packed matrices, all experts in one call, without gradient (decoding on a CPU);
-- on CUDA as grouped products, without a look at the counts, for which the host would have to wait.
+Each (token, expert) pair is one row of work, and pairs are sorted by expert. In C all experts are one call:
+with the gradient (training, prefill), or from matrices packed for many calls without one (decoding). On CUDA
+they are grouped products, without a look at the counts, for which the host would have to wait.
 
 Shape legend: T tokens, k experts per token, P = T k pairs, E experts, H hidden, I intermediate.
 """
@@ -16,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqrl.kernels import PackedExperts, combined, combined_backward, gated, gated_backward, linear, product
+from seqrl.kernels import (
+    PackedExperts,
+    combined,
+    combined_backward,
+    expert_products,
+    expert_products_backward,
+    fits,
+    gated,
+    gated_backward,
+    linear,
+)
 
 Matrices = Tensor | PackedExperts
 
@@ -53,17 +62,17 @@ def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down:
     place, token = place.view_as(chosen), order // chosen.shape[1]
     if isinstance(gate_up, PackedExperts):
         assert isinstance(down, PackedExperts)
-        pairs = x.index_select(0, token)
-        return combined(down(gated(gate_up(pairs, ends)), ends), place, weights)
+        inner = gate_up(x.index_select(0, token), ends)
+        return combined(down(gated(inner), ends), place, weights.float())
     assert isinstance(down, Tensor)
-    if x.device.type == "cuda":
-        return _grouped(x, token, place, weights, ends, gate_up, down)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return _ByExpert.apply(x, token, place, weights.to(wide), ends.tolist(), gate_up, down)
+    if fits(x.dtype, x.dtype, x.device, *(width // 2 for width in down.shape[1:])):
+        return _Mixture.apply(x, token, place, weights.float(), ends, gate_up, down)
+    by_token = _by_torch(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
+    return (by_token * weights.to(x.dtype)[..., None]).sum(1)
 
 
-class _ByExpert(torch.autograd.Function):
-    """Keeps the pairs' inputs, projections and outputs; the activations are made again."""
+class _Mixture(torch.autograd.Function):
+    """Keeps the projections and outputs of the pairs; the activations are made again."""
 
     @staticmethod
     def forward(
@@ -72,47 +81,35 @@ class _ByExpert(torch.autograd.Function):
         token: Tensor,
         place: Tensor,
         weights: Tensor,
-        ends: list[int],
+        ends: Tensor,
         gate_up: Tensor,
         down: Tensor,
     ) -> Tensor:
-        pairs = x.index_select(0, token)  # [P, H]
-        inner, outer = [], []
-        for expert, rows in _rows(ends):
-            inner.append(product(pairs[rows], gate_up[expert]))
-            outer.append(product(gated(inner[-1]), down[expert]))
-        out = torch.cat(outer) if outer else pairs
-        ctx.save_for_backward(pairs, place, weights, gate_up, down, out, *inner)
-        ctx.ends = ends
+        inner = expert_products(x, token, gate_up, ends)
+        out = expert_products(gated(inner), None, down, ends)
+        ctx.save_for_backward(x, token, place, weights, ends, gate_up, down, inner, out)
         return combined(out, place, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pairs, place, weights, gate_up, down, out, *inner = ctx.saved_tensors
+        x, token, place, weights, ends, gate_up, down, inner, out = ctx.saved_tensors
         of_out, of_weights = combined_backward(out, place, weights, grad.contiguous())
-        of_gate_up, of_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-        of_pairs = []
-        for (expert, rows), made in zip(_rows(ctx.ends), inner, strict=True):
-            of_made = gated_backward(made, product(of_out[rows], down[expert].t()))
-            torch.mm(of_out[rows].t(), gated(made), out=of_down[expert])
-            torch.mm(of_made.t(), pairs[rows], out=of_gate_up[expert])
-            of_pairs.append(product(of_made, gate_up[expert].t()))
-        dx = combined(torch.cat(of_pairs), place, None) if of_pairs else None
-        return dx, None, None, of_weights, None, of_gate_up, of_down
+        of_activation, of_down = expert_products_backward(of_out, gated(inner), None, down, ends)
+        of_inner = gated_backward(inner, of_activation)
+        of_pairs, of_gate_up = expert_products_backward(of_inner, x, token, gate_up, ends)
+        return combined(of_pairs, place, None), None, None, of_weights, None, of_gate_up, of_down
 
 
-def _rows(ends: list[int]) -> list[tuple[int, slice]]:
-    """The experts that have rows, and which."""
-    spans = enumerate(zip([0, *ends], ends, strict=False))
-    return [(expert, slice(start, end)) for expert, (start, end) in spans if end > start]
-
-
-def _grouped(
-    x: Tensor, token: Tensor, place: Tensor, weights: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    offsets = ends.to(torch.int32)
-    pairs = x.index_select(0, token)
-    inner = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=offsets)
-    out = F.grouped_mm(gated(inner), down.transpose(1, 2), offs=offsets)
-    by_token = out.index_select(0, place.flatten()).view(*place.shape, -1)  # [T, k, H]
-    return (by_token * weights.to(out.dtype)[..., None]).sum(1)
+def _by_torch(pairs: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """What each pair's expert says of it, [P, H], from `pairs` [P, H]."""
+    if pairs.device.type == "cuda":
+        offsets = ends.to(torch.int32)
+        inner = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=offsets)
+        return F.grouped_mm(gated(inner), down.transpose(1, 2), offs=offsets)
+    starts = [0, *ends.tolist()[:-1]]
+    said = [
+        linear(gated(linear(pairs[start:end], gate_up[expert])), down[expert])
+        for expert, (start, end) in enumerate(zip(starts, ends.tolist(), strict=True))
+        if end > start
+    ]
+    return torch.cat(said) if said else pairs

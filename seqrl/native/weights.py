@@ -91,6 +91,8 @@ def why_unreadable(model: Any) -> str | None:
     unread = next((name for name, _ in model.named_parameters() if not _READ.fullmatch(name)), None)
     if unread is not None:
         return f"parameter {unread}"
+    if len({parameter.dtype for parameter in model.parameters()}) > 1:
+        return "parameters of several types"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         return "sliding-window layers"
     if config.model_type == "qwen3_moe" and config.sliding_window is not None:
@@ -107,7 +109,14 @@ def why_unreadable(model: Any) -> str | None:
 
 def _is_changed(module: Any) -> bool:
     """Whether somebody has this module do something else than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    foreign = not type(module).__module__.startswith(("transformers.", "torch.nn."))
+    return any(hooks) or foreign or "forward" in vars(module)
 
 
 def read_weights(model: Any, dtype: torch.dtype, *, length: int, pack: bool = False) -> Weights:

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from seqrl.kernels import Cache, Spans, attend, attend_cached, fits, turned
+from seqrl.kernels import Cache, Spans, attend, attend_cached, fits, recurring, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights
 from seqrl.rollout.decoding import Decoder, DecodingEngine
@@ -91,6 +92,9 @@ class CachedDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoder.step`."""
         positions, columns = self.prompt_columns[self.prompt] + self.columns, self.columns + 1
+        rows = len(tokens)
+        extra = recurring(rows, tokens.device) - rows  # rows without a place
+        tokens, positions = F.pad(tokens, (0, extra)), F.pad(positions, (0, extra))
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             q, k, v = turned(qkv, positions, self.weights.turn, layer.q_norm, layer.k_norm)
@@ -100,7 +104,7 @@ class CachedDecoder:
                 q, self.prompts[index], self.prompt, self.prompt_columns, own, self.slot, columns
             )
 
-        logits = self.weights.lm_head(hidden_states(self.weights, tokens, attention))
+        logits = self.weights.lm_head(hidden_states(self.weights, tokens, attention))[:rows]
         self.columns = columns
         return logits
 

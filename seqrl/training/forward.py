@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqrl.kernels import fits, self_attention, turned
+from seqrl.kernels import fits, recurring, self_attention, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights, why_unreadable
 from seqrl.training.experts import EXPERTS_NAME
@@ -38,24 +39,27 @@ def is_native(model: Any) -> bool:
 
 def _native(model: Any, part: Batch, layout: Layout) -> Tensor:
     """[T', H]"""
-    tokens = part.tokens[layout.computed]
+    tokens, positions = part.tokens[layout.computed], layout.positions
     device = tokens.device.type
+    extra = recurring(len(tokens), tokens.device) - len(tokens)  # tokens that nobody sees
+    tokens, positions = F.pad(tokens, (0, extra)), F.pad(positions, (0, extra))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     with torch.autocast(device, enabled=False):  # types are chosen here, operation by operation
         w = read_weights(model, dtype, length=layout.longest)
-        return hidden_states(w, tokens, _attention(w, layout))
+        return hidden_states(w, tokens, _attention(w, layout, positions))
 
 
-def _attention(w: Weights, layout: Layout) -> Callable[[int, Layer, Tensor], Tensor]:
+def _attention(w: Weights, layout: Layout, positions: Tensor) -> Callable[[int, Layer, Tensor], Tensor]:
     size, stream = w.turn.size, w.embedding.dtype
-    in_c = fits(stream, w.dtype, layout.positions.device, size // 2)
+    in_c = fits(stream, w.dtype, positions.device, size // 2)
 
     def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
         if in_c:
-            return self_attention(qkv, layer.q_norm, layer.k_norm, layout.positions, w.turn, layout.spans)
-        q, k, v = turned(qkv, layout.positions, w.turn, layer.q_norm, layer.k_norm)
+            return self_attention(qkv, layer.q_norm, layer.k_norm, positions, w.turn, layout.spans)
+        q, k, v = turned(qkv, positions, w.turn, layer.q_norm, layer.k_norm)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return padded_attention(q, k, v, layout)[0].flatten(1)
+        out = padded_attention(q, k, v, layout)[0].flatten(1)
+        return F.pad(out, (0, 0, 0, len(qkv) - len(out)))
 
     return attention
 

@@ -51,6 +51,11 @@ class TokenStatistics:
     full_kl: Tensor | None = None
     """[R], KL(policy || reference) over the whole vocabulary."""
 
+    def first(self, count: int) -> TokenStatistics:
+        """Of the first `count` tokens."""
+        others = (self.entropy, self.sum_pi_squared, self.full_kl)
+        return TokenStatistics(self.logprobs[:count], *(None if x is None else x[:count] for x in others))
+
 
 @dataclass(frozen=True)
 class Logits:

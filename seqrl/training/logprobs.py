@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from seqrl.kernels import recurring
 from seqrl.training.forward import response_hidden, response_logits
 from seqrl.training.head import MAX_LOGITS, Logits, token_statistics
 from seqrl.training.head import TokenStatistics as TokenStatistics
@@ -40,6 +42,9 @@ def response_statistics(
     layout = Layout.of(part.offsets, shared_prompts(part))
     predicted = part.response_mask.nonzero()[:, 0]
     positions, tokens = layout.source[predicted - 1], part.tokens[predicted]
+    count = tokens.numel()
+    extra = recurring(count, tokens.device) - count
+    positions, tokens = F.pad(positions, (0, extra)), F.pad(tokens, (0, extra))
 
     def logits_of(model: Any) -> Logits:
         if not has_plain_head(model):
@@ -51,7 +56,7 @@ def response_statistics(
     if reference is not None:
         with torch.no_grad():
             theirs = logits_of(reference)
-    return token_statistics(
+    said = token_statistics(
         logits_of(model),
         tokens,
         temperature=temperature,
@@ -61,6 +66,7 @@ def response_statistics(
         reference=theirs,
         max_logits=MAX_LOGITS,
     )
+    return said.first(count)
 
 
 def has_plain_head(model: Any) -> bool:

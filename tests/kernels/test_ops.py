@@ -102,7 +102,7 @@ def test_add_norm_with_a_gradient_through_one_output(in_c: bool, through: int, w
 def test_add_norm_of_zeros_and_of_what_is_no_number(in_c: bool) -> None:
     x = random(4, 32)
     x[0], x[1, 3], x[2, 5] = 0, torch.nan, torch.inf
-    out, y = add_norm(x, None, torch.ones(32), 1e-6, F32)
+    _, y = add_norm(x, None, torch.ones(32), 1e-6, F32)
     assert not y[0].any()
     assert y[1].isnan().all()
     assert y[2, 5].isnan() and not y[2, :5].any()
@@ -134,7 +134,9 @@ def turned_by_formula(x: Tensor, positions: Tensor, turn: Turn, weight: Tensor |
 
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(("stream", "dtype"), TYPES, ids=TYPE_IDS)
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (3, 1, 64), (2, 2, 96), (8, 1, 128), (2, 1, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 2, 32), (3, 1, 64), (2, 2, 96), (8, 1, 128), (2, 1, 8)]
+)
 def test_turned(
     in_c: bool, normed: bool, stream: torch.dtype, dtype: torch.dtype, heads: int, kv_heads: int, size: int
 ) -> None:
@@ -170,7 +172,9 @@ def test_gated(in_c: bool, threads: int, rows: int, width: int, dtype: torch.dty
 
 def test_gates_far_out(in_c: bool) -> None:
     """Where an exponential overflows or underflows; what is no number stays none, and alone."""
-    gate = torch.tensor([-1e4, -200.0, -89.0, -87.5, 87.5, 89.0, 200.0, 1e4, torch.nan, torch.inf, *[0.5] * 6])
+    gate = torch.tensor(
+        [-1e4, -200.0, -89.0, -87.5, 87.5, 89.0, 200.0, 1e4, torch.nan, torch.inf, *[0.5] * 6]
+    )
     gate_up = torch.cat([gate, torch.full((16,), 2.0)])[None]
     exact = 2 * F.silu(gate.double())
     torch.testing.assert_close(gated(gate_up)[0].double(), exact, rtol=1e-6, atol=1e-35, equal_nan=True)
@@ -187,11 +191,11 @@ def sorted_pairs(tokens: int, top_k: int, width: int) -> tuple[Tensor, Tensor, T
     return random(tokens * top_k, width), place, torch.rand(tokens, top_k, generator=generator)
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "width"), [(1, 1, 16), (5, 2, 48), (50, 8, 64), (3, 2, 40), (0, 2, 16)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "width"), [(1, 1, 16), (5, 2, 48), (50, 8, 64), (3, 2, 40), (0, 2, 16)]
+)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_combined(
-    in_c: bool, threads: int, tokens: int, top_k: int, width: int, dtype: torch.dtype
-) -> None:
+def test_combined(in_c: bool, threads: int, tokens: int, top_k: int, width: int, dtype: torch.dtype) -> None:
     x, place, weights = sorted_pairs(tokens, top_k, width)
 
     def formula(x: Tensor, weights: Tensor) -> Tensor:
@@ -208,9 +212,7 @@ def test_combined(
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("counts", [[9, 0, 1, 25], [0, 0, 0, 3], [0, 0, 0, 0], [8, 16, 7, 0]], ids=str)
-def test_packed_experts(
-    c_only: None, threads: int, dtype: torch.dtype, counts: list[int]
-) -> None:
+def test_packed_experts(c_only: None, threads: int, dtype: torch.dtype, counts: list[int]) -> None:
     x, weight = random(sum(counts), 32), random(4, 48, 32, seed=1)
     parts = zip(x.double().split(counts), weight.double(), strict=True)
     exact = torch.cat([rows @ matrix.t() for rows, matrix in parts])
@@ -221,13 +223,13 @@ def test_packed_experts(
 
 def test_nothing_to_do(in_c: bool) -> None:
     """0 tokens, as a micro-batch may have them for an expert, give 0 rows and gradients of zeros."""
-    weight, wide = random(48, 16).requires_grad_(), random(16).requires_grad_()
+    weight, wide = random(96, 16).requires_grad_(), random(16).requires_grad_()
     x = torch.empty(0, 16, requires_grad=True)
     out, y = add_norm(x, torch.empty(0, 16), wide, EPS, F32)
-    turn = Turn(1, 1, 16, *rotary(torch.arange(4), 16))
+    turn = Turn(1, 1, 32, *rotary(torch.arange(4), 32))
     turned_ = turned(linear(y, weight).detach(), torch.empty(0, dtype=torch.long), turn, None, None)
     made = gated(linear(y, weight[:32]))
     (out.sum() + made.sum()).backward()
-    assert [tuple(t.shape) for t in turned_] == [(0, 1, 16)] * 3
+    assert [tuple(t.shape) for t in turned_] == [(0, 1, 32)] * 3
     assert made.shape == (0, 16)
     assert x.grad.shape == (0, 16) and not weight.grad.any() and not wide.grad.any()

@@ -14,7 +14,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -24,7 +24,11 @@ _COMMON: dict[str, Any] = {
     # Large weights: log-probs far from uniform, so that a wrong position or head shows.
     "initializer_range": 0.3,
 }
-NATIVE = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_64")
+PADDED = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_64")
+"""Of heads too narrow for the C: rows are padded on the left."""
+CACHED = ("llama/64", "qwen2/32", "qwen3/32", "qwen3_moe/32", "qwen3_moe_64/64")
+"""The same with heads of so many numbers: attention over the cache without padding, in C."""
+NATIVE = (*PADDED, *CACHED)
 
 
 class FakeTokenizer:
@@ -37,7 +41,10 @@ class FakeTokenizer:
 
 
 def build(name: str, **changes: Any) -> Any:
-    """A model in evaluation mode, the same at each call; norms and biases are random too."""
+    """A model in evaluation mode, the same at each call; norms and biases are random too.
+
+    `name` may end in the size of its heads, as in `qwen3/32`.
+    """
     import transformers as tf
 
     moe = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
@@ -61,7 +68,10 @@ def build(name: str, **changes: Any) -> Any:
         "gpt_neox": (tf.GPTNeoXConfig, tf.GPTNeoXForCausalLM, {}),
         "gemma2": (tf.Gemma2Config, tf.Gemma2ForCausalLM, {"head_dim": 8, "sliding_window": 8}),
     }
-    config_class, model_class, own = kinds[name]
+    kind, _, size = name.partition("/")
+    config_class, model_class, own = kinds[kind]
+    if size:
+        changes["head_dim"] = int(size)
     torch.manual_seed(0)
     model = model_class(config_class(**{**_COMMON, **own, **changes})).eval()
     with torch.no_grad():

@@ -10,12 +10,15 @@ import torch
 from rollout_models import EOS, NATIVE, VOCAB, FakeTokenizer, build, forward_logits, make_prompts
 
 from seqrl.errors import UserError
+from seqrl.kernels import library
 from seqrl.rollout.base import make_engine
-from seqrl.rollout.native import NativeEngine
+from seqrl.rollout.native import CachedDecoder, NativeEngine
+from seqrl.rollout.padded import PaddedDecoder
 from seqrl.rollout.transformers_engine import TransformersEngine
 from seqrl.types import Rollout, SamplingParams
 
 LENGTHS = [5, 9, 3, 9, 1, 14]
+BOTH = ["qwen3", "qwen3/32"]  # one for each decoder
 
 
 def rollouts(
@@ -23,6 +26,9 @@ def rollouts(
 ) -> list[Rollout]:
     dtype = more.pop("dtype", torch.float32)
     engine = make_engine(model, FakeTokenizer(), max_num_seqs=more.pop("max_num_seqs", 64), dtype=dtype)
+    if isinstance(engine, NativeEngine):
+        wide = model.model.layers[0].self_attn.head_dim % 32 == 0 and library() is not None
+        assert isinstance(engine._decoder(1, 1, 1), CachedDecoder if wide else PaddedDecoder)
     return engine.generate(more.pop("prompts", make_prompts(lengths)), sampling, seed=3, policy_version=7)
 
 
@@ -44,14 +50,15 @@ def test_native_logprobs_agree_with_the_training_forward(name: str, temperature:
     assert worst_difference(model, made, temperature) < 1e-4
 
 
-def test_native_logprobs_agree_under_rope_scaling() -> None:
+@pytest.mark.parametrize("name", BOTH)
+def test_native_logprobs_agree_under_rope_scaling(name: str) -> None:
     scaling = {
         "rope_type": "yarn",
         "factor": 4.0,
         "rope_theta": 1e4,
         "original_max_position_embeddings": 32,
     }
-    model = build("qwen3", rope_parameters=scaling)
+    model = build(name, rope_parameters=scaling)
     assert worst_difference(model, rollouts(model, SamplingParams(max_new_tokens=60))) < 1e-4
 
 
@@ -69,9 +76,9 @@ def test_greedy_equals_transformers_generate(name: str) -> None:
         assert r.tokens.tolist() == sequence[0, len(r.prompt.tokens) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "llama/64", "qwen3_moe/32", "gpt_neox"])
 def test_a_response_does_not_depend_on_its_batch(name: str) -> None:
-    model, sampling = build(name), SamplingParams(max_new_tokens=24, n=6)
+    model, sampling = build(name), SamplingParams(max_new_tokens=15, n=6)
     prompts = make_prompts(LENGTHS)
     together = rollouts(model, sampling, prompts=prompts)
     for max_num_seqs in (1, 4, 13):  # groups split, one group a wave, two groups a wave
@@ -81,7 +88,7 @@ def test_a_response_does_not_depend_on_its_batch(name: str) -> None:
             assert a.tokens.tolist() == b.tokens.tolist()
     alone = rollouts(model, sampling, prompts=[prompts[2]])
     others = rollouts(model, sampling, prompts=[*make_prompts([2, 20, 7], seed=5), prompts[2]])
-    fewer = rollouts(model, SamplingParams(max_new_tokens=24, n=2), prompts=[prompts[2]])
+    fewer = rollouts(model, SamplingParams(max_new_tokens=15, n=2), prompts=[prompts[2]])
     expected = [r.tokens.tolist() for r in together[12:18]]
     assert [r.tokens.tolist() for r in alone] == expected
     assert [r.tokens.tolist() for r in others[18:]] == expected
@@ -89,8 +96,9 @@ def test_a_response_does_not_depend_on_its_batch(name: str) -> None:
     assert len({tuple(tokens) for tokens in expected}) > 1
 
 
-def test_order_groups_texts_and_endings() -> None:
-    model, limit = build("qwen3"), 25
+@pytest.mark.parametrize("name", BOTH)
+def test_order_groups_texts_and_endings(name: str) -> None:
+    model, limit = build(name), 25
     made = rollouts(model, SamplingParams(max_new_tokens=limit, n=3))
     assert [r.group for r in made] == [i for i in range(len(LENGTHS)) for _ in range(3)]
     assert [len(r.prompt.tokens) for r in made] == [length for length in LENGTHS for _ in range(3)]
@@ -105,18 +113,20 @@ def test_order_groups_texts_and_endings() -> None:
         assert not r.logprobs.is_inference()
 
 
-def test_every_end_of_sequence_id_ends_a_response() -> None:
-    model = build("qwen3")
+@pytest.mark.parametrize("name", BOTH)
+def test_every_end_of_sequence_id_ends_a_response(name: str) -> None:
+    model = build(name)
     model.generation_config.eos_token_id = [5, 7]
     model.config.eos_token_id = 9
-    ends = {int(r.tokens[-1]) for r in rollouts(model, SamplingParams(30, n=30)) if r.finished}
-    assert ends == {5, 7, 9, EOS}
-    for r in rollouts(model, SamplingParams(30, n=30)):
+    made = rollouts(model, SamplingParams(30, n=30))
+    assert {int(r.tokens[-1]) for r in made if r.finished} == {5, 7, 9, EOS}
+    for r in made:
         assert not set(r.tokens[:-1].tolist()) & {5, 7, 9, EOS}
 
 
-def test_restricted_logprobs_by_independent_computation() -> None:
-    model, k = build("qwen3_moe"), 5
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe/32"])
+def test_restricted_logprobs_by_independent_computation(name: str) -> None:
+    model, k = build(name), 5
     for r in rollouts(model, SamplingParams(max_new_tokens=15, n=3, temperature=0.8, top_k=k)):
         logits = forward_logits(model, r.prompt, r.tokens) / 0.8
         for step, token in enumerate(r.tokens.tolist()):
@@ -126,8 +136,9 @@ def test_restricted_logprobs_by_independent_computation() -> None:
             assert r.logprobs[step].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_first_tokens_follow_the_models_distribution() -> None:
-    model, draws = build("qwen3"), 4000
+@pytest.mark.parametrize("name", BOTH)
+def test_first_tokens_follow_the_models_distribution(name: str) -> None:
+    model, draws = build(name), 4000
     made = rollouts(model, SamplingParams(max_new_tokens=1, n=draws), lengths=[6], max_num_seqs=draws)
     expected = forward_logits(model, made[0].prompt, made[0].tokens)[0].softmax(-1)
     counts = torch.bincount(torch.cat([r.tokens for r in made]), minlength=VOCAB)
@@ -165,7 +176,7 @@ def test_a_parameter_native_does_not_read_falls_back() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe/32", "gpt_neox"])
 def test_the_model_is_read_anew_and_left_as_it_was(name: str) -> None:
     model = build(name).train()
     model.gradient_checkpointing_enable()
@@ -196,18 +207,20 @@ def test_the_model_is_read_anew_and_left_as_it_was(name: str) -> None:
     assert worst_difference(model, second) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize("name", [*BOTH, "qwen3_moe", "qwen3_moe/32", "gpt_neox"])
 def test_bfloat16_products_on_float32_weights_follow_autocast(name: str) -> None:
     model = build(name, initializer_range=0.1)
     made = rollouts(model, SamplingParams(max_new_tokens=20, n=2), dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         near = worst_difference(model, made)
-    assert 0 < near < 0.1
+    assert 0 < near < 0.15  # the largest are where one of the two chooses another expert
+    assert 0 < worst_difference(model, made) < 0.1
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_bad_input_is_one_clear_line() -> None:
-    model = build("qwen3")
+@pytest.mark.parametrize("name", BOTH)
+def test_bad_input_is_one_clear_line(name: str) -> None:
+    model = build(name)
     with pytest.raises(UserError, match=r"data\.max_response_length=120.*test:0\.5.*128"):
         rollouts(model, SamplingParams(max_new_tokens=120))
     rollouts(model, SamplingParams(max_new_tokens=114, temperature=0))  # just fits
@@ -218,4 +231,4 @@ def test_bad_input_is_one_clear_line() -> None:
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     with pytest.raises(UserError, match="end-of-sequence"):
         make_engine(model, tokenizer, max_num_seqs=8, dtype=torch.float32)
-    assert rollouts(build("qwen3"), SamplingParams(4), lengths=[]) == []
+    assert rollouts(build(name), SamplingParams(4), lengths=[]) == []

@@ -1,0 +1,27 @@
+"""Runs of a test with the C and without, on one thread and on two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from seqrl.kernels import library, ops
+
+
+@pytest.fixture(params=["C", "torch"])
+def in_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param == "torch":
+        monkeypatch.setattr(ops, "library", lambda: None)
+    elif library() is None:
+        pytest.skip("no C compiler here")
+    return request.param == "C"
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
