@@ -19,7 +19,16 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
+FLAGS = (
+    "-O3",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-w",
+)
 _OF_ROWS = {
     "add_norm": "ll ppp f ppp",
     "add_norm_backward": "ll ppppppp l",
@@ -47,7 +56,7 @@ ARGUMENTS = {
     "expert_forward": "lll ppppp",
     "expert_backward_x": "lll pppp",
     "expert_backward_w": "lll ppppp",
-    "draw": "ll p f ppp",
+    "draw": "ll p f pp",
 }
 """What each function takes, in order: l a long, f a float, p a pointer."""
 FAILING = {"attend_forward", "attend_backward", "attend_cached_f32", "attend_cached_bf16", "draw"} | {

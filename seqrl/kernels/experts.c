@@ -66,17 +66,14 @@ int expert_backward_x(long experts, long ins, long outs, const float *dy, const 
                 vf sums[STEP] = {{0}};
                 for (long o = 0; o < outs; o++) {
                     vf column = load_f32(we + o * ins + i);
-                    for (int s = 0; s < STEP; s++) sums[s] += column * dy[(r + s) * outs + o];
+                    for (int s = 0; s < STEP; s++) sums[s] = fused(column, splat(dy[(r + s) * outs + o]), sums[s]);
                 }
                 for (int s = 0; s < STEP; s++) store_f32(dx + (r + s) * ins + i, sums[s]);
             }
             for (; r < end; r++) {
-                vf one = {0}, two = {0};
-                for (long o = 0; o < outs; o += 2) {
-                    one += load_f32(we + o * ins + i) * dy[r * outs + o];
-                    two += load_f32(we + (o + 1) * ins + i) * dy[r * outs + o + 1];
-                }
-                store_f32(dx + r * ins + i, one + two);
+                vf sum = {0};
+                for (long o = 0; o < outs; o++) sum = fused(load_f32(we + o * ins + i), splat(dy[r * outs + o]), sum);
+                store_f32(dx + r * ins + i, sum);
             }
         }
     }
@@ -91,7 +88,7 @@ static inline void outer(long first, long end, const float *x, const int64_t *to
     for (long r = first; r < end; r++) {
         const float *row = x + (token ? token[r] : r) * ins, *d = dy + r * outs;
         vf one = load_f32(row), two = load_f32(row + LANES);
-        for (int s = 0; s < STEP; s++) a[s] += one * d[s], b[s] += two * d[s];
+        for (int s = 0; s < STEP; s++) a[s] = fused(one, splat(d[s]), a[s]), b[s] = fused(two, splat(d[s]), b[s]);
     }
     for (int s = 0; s < STEP; s++) sums[s] = a[s], more[s] = b[s];
 }

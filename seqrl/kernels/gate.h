@@ -64,19 +64,14 @@ void NAME(expert_products)(long experts, long in, long outs, const float *x, con
             vf sums[8] = {{0}};
             for (long d = 0; d < in; d++) {
                 vf column = LOAD_C(w + d * LANES);
-                for (int i = 0; i < 8; i++) sums[i] += column * x[(r + i) * in + d];
+                for (int i = 0; i < 8; i++) sums[i] = fused(column, splat(x[(r + i) * in + d]), sums[i]);
             }
             for (int i = 0; i < 8; i++) STORE_C(y + (r + i) * outs + b * LANES, sums[i]);
         }
         for (; r < ends[e]; r++) {
-            vf one = {0}, two = {0}, three = {0}, four = {0};
-            for (long d = 0; d < in; d += 4) {
-                one += LOAD_C(w + d * LANES) * x[r * in + d];
-                two += LOAD_C(w + (d + 1) * LANES) * x[r * in + d + 1];
-                three += LOAD_C(w + (d + 2) * LANES) * x[r * in + d + 2];
-                four += LOAD_C(w + (d + 3) * LANES) * x[r * in + d + 3];
-            }
-            STORE_C(y + r * outs + b * LANES, one + two + (three + four));
+            vf sum = {0};
+            for (long d = 0; d < in; d++) sum = fused(LOAD_C(w + d * LANES), splat(x[r * in + d]), sum);
+            STORE_C(y + r * outs + b * LANES, sum);
         }
     }
 }
@@ -96,49 +91,55 @@ void NAME(append)(long tokens, long kv_heads, long size, long blocks, const C *k
         }
 }
 
-/* scores[h][c] of `columns` columns of one cached row and head, for `group` queries [group, size], scaled. */
-static void NAME(score)(long group, long size, long columns, const float *q, const C *keys, float *scores,
-                        long stride) {
-    for (long b = 0; b * LANES < columns; b++, keys += size * LANES) {
-        long h = 0;
-        for (; h + 2 <= group; h += 2) {
-            vf one = {0}, two = {0}, three = {0}, four = {0};
-            for (long d = 0; d < size; d += 2) {
-                vf even = LOAD_C(keys + d * LANES), odd = LOAD_C(keys + (d + 1) * LANES);
-                one += even * q[h * size + d], two += even * q[(h + 1) * size + d];
-                three += odd * q[h * size + d + 1], four += odd * q[(h + 1) * size + d + 1];
+/* A stretch of cached columns for the queries of one key head, [group, size], scaled: attention.c's
+   `forward_stretch` for one query, with columns in the lanes, adding up in the same order. */
+static void NAME(cached_stretch)(long group, long size, const float *q, const C *keys, const C *values, long columns,
+                                 float *scores, float *most, float *total, float *out) {
+    for (long start = 0; start < columns; start += KEYS, keys += KEYS * size, values += KEYS * size) {
+        long n = columns - start < KEYS ? columns - start : KEYS, padded = (n + LANES - 1) / LANES * LANES;
+        for (long c = 0; c < padded; c += LANES) {
+            const C *block = keys + c * size;
+            long h = 0;
+            for (; h + 2 <= group; h += 2) {
+                vf one = {0}, two = {0};
+                for (long d = 0; d < size; d++) {
+                    vf key = LOAD_C(block + d * LANES);
+                    one = fused(splat(q[h * size + d]), key, one);
+                    two = fused(splat(q[(h + 1) * size + d]), key, two);
+                }
+                store_f32(scores + h * KEYS + c, one), store_f32(scores + (h + 1) * KEYS + c, two);
             }
-            store_f32(scores + h * stride + b * LANES, one + three);
-            store_f32(scores + (h + 1) * stride + b * LANES, two + four);
-        }
-        for (; h < group; h++) {
-            vf one = {0}, two = {0};
-            for (long d = 0; d < size; d += 2) {
-                one += LOAD_C(keys + d * LANES) * q[h * size + d];
-                two += LOAD_C(keys + (d + 1) * LANES) * q[h * size + d + 1];
+            if (h < group) {
+                vf sum = {0};
+                for (long d = 0; d < size; d++) sum = fused(splat(q[h * size + d]), LOAD_C(block + d * LANES), sum);
+                store_f32(scores + h * KEYS + c, sum);
             }
-            store_f32(scores + h * stride + b * LANES, one + two);
         }
-    }
-}
-
-/* Adds the values of `columns` columns, weighed, to out [size]. */
-static void NAME(weigh)(long size, long columns, const float *probs, const C *values, float *out) {
-    for (long d = 0; d < size; d += 2 * LANES) {
-        long wide = d + LANES < size;
-        vf a = load_f32(out + d), b = wide ? load_f32(out + d + LANES) : (vf){0}, a2 = {0}, b2 = {0};
-        long c = 0;
-        for (; c + 2 <= columns; c += 2) {
-            const C *v = values + c * size + d;
-            a += LOAD_C(v) * probs[c], a2 += LOAD_C(v + size) * probs[c + 1];
-            if (wide) b += LOAD_C(v + LANES) * probs[c], b2 += LOAD_C(v + size + LANES) * probs[c + 1];
+        for (long h = 0; h < group; h++) {
+            float *s = scores + h * KEYS;
+            for (long c = n; c < padded; c++) s[c] = -INFINITY;
+            vf tops = splat(most[h]);
+            for (long c = 0; c < padded; c += LANES) tops = larger(load_f32(s + c), tops);
+            float top = largest(tops), shrink = vexp(splat(most[h] - top))[0], sum = total[h] * shrink;
+            for (long c = 0; c < padded; c += LANES) store_f32(s + c, vexp(load_f32(s + c) - top));
+            for (long c = 0; c < n; c++) sum += s[c];
+            for (long d = 0; d < size; d += 4 * LANES) {
+                float *o = out + h * size + d;
+                long vectors = size - d < 4 * LANES ? (size - d) / LANES : 4;
+                vf sums[4];
+                for (long i = 0; i < vectors; i++) sums[i] = load_f32(o + i * LANES) * shrink;
+                if (vectors == 4)
+                    for (long c = 0; c < n; c++)
+                        for (int i = 0; i < 4; i++)
+                            sums[i] = fused(splat(s[c]), LOAD_C(values + c * size + d + i * LANES), sums[i]);
+                else
+                    for (long c = 0; c < n; c++)
+                        for (long i = 0; i < vectors; i++)
+                            sums[i] = fused(splat(s[c]), LOAD_C(values + c * size + d + i * LANES), sums[i]);
+                for (long i = 0; i < vectors; i++) store_f32(o + i * LANES, sums[i]);
+            }
+            most[h] = top, total[h] = sum;
         }
-        if (c < columns) {
-            a += LOAD_C(values + c * size + d) * probs[c];
-            if (wide) b += LOAD_C(values + c * size + d + LANES) * probs[c];
-        }
-        store_f32(out + d, a + a2);
-        if (wide) store_f32(out + d + LANES, b + b2);
     }
 }
 
@@ -149,46 +150,31 @@ int NAME(attend_cached)(long rows, long heads, long kv_heads, long size, const C
                         const C *prompt_values, long prompt_blocks, const int64_t *prompt,
                         const int64_t *prompt_columns, const C *own_keys, const C *own_values, long own_blocks,
                         const int64_t *own, const int64_t *own_columns, C *out) {
-    long group = heads / kv_heads, stride = (prompt_blocks + own_blocks) * LANES;
+    long group = heads / kv_heads;
     float scale = 1.0f / sqrtf((float)size);
     int failed = 0;
 #pragma omp parallel
     {
-        float *scores = aligned_alloc(64, sizeof(float) * (group * stride + 2 * group * size + LANES));
+        float *scores = aligned_alloc(64, sizeof(float) * ((2 * size + KEYS) * group + 2 * group + LANES) / 64 * 64);
         if (!scores) failed = 1;
 #pragma omp for schedule(dynamic, 4)
         for (long task = 0; task < rows * kv_heads; task++) {
             if (!scores) continue;
             long r = task / kv_heads, h = task % kv_heads;
-            float *scaled = scores + group * stride, *sums = scaled + group * size;
+            float *scaled = scores + group * KEYS, *sums = scaled + group * size, *most = sums + group * size;
+            float *total = most + group;
             for (long i = 0; i < group * size; i++)
                 scaled[i] = GET_C(q + (r * heads + h * group) * size + i) * scale, sums[i] = 0;
-            long before = prompt_columns[prompt[r]], after = own_columns[r];
-            long prompt_row = prompt[r] * kv_heads + h, own_row = own[r] * kv_heads + h;
-            long own_at = (before + LANES - 1) / LANES * LANES;
-            NAME(score)(group, size, before, scaled, prompt_keys + prompt_row * prompt_blocks * size * LANES,
-                        scores, stride);
-            NAME(score)(group, size, after, scaled, own_keys + own_row * own_blocks * size * LANES,
-                        scores + own_at, stride);
-            for (long g = 0; g < group; g++) {
-                float *s = scores + g * stride;
-                for (long c = before; c < own_at; c++) s[c] = -INFINITY;
-                long end = own_at + after, padded = (end + LANES - 1) / LANES * LANES;
-                for (long c = end; c < padded; c++) s[c] = -INFINITY;
-                vf most = splat(-INFINITY), total = {0};
-                for (long c = 0; c < padded; c += LANES) most = larger(load_f32(s + c), most);
-                float top = largest(most);
-                for (long c = 0; c < padded; c += LANES) {
-                    vf p = vexp(load_f32(s + c) - top);
-                    total += p;
-                    store_f32(s + c, p);
-                }
-                float *o = sums + g * size, share = 1.0f / sum(total);
-                NAME(weigh)(size, before, s, prompt_values + prompt_row * prompt_blocks * LANES * size, o);
-                NAME(weigh)(size, after, s + own_at, own_values + own_row * own_blocks * LANES * size, o);
+            for (long g = 0; g < group; g++) most[g] = -3e38f, total[g] = 0;
+            long prompt_at = (prompt[r] * kv_heads + h) * prompt_blocks * LANES * size;
+            long own_at = (own[r] * kv_heads + h) * own_blocks * LANES * size;
+            NAME(cached_stretch)(group, size, scaled, prompt_keys + prompt_at, prompt_values + prompt_at,
+                                 prompt_columns[prompt[r]], scores, most, total, sums);
+            NAME(cached_stretch)(group, size, scaled, own_keys + own_at, own_values + own_at, own_columns[r], scores,
+                                 most, total, sums);
+            for (long g = 0; g < group; g++)
                 for (long d = 0; d < size; d += LANES)
-                    STORE_C(out + (r * heads + h * group + g) * size + d, load_f32(o + d) * share);
-            }
+                    STORE_C(out + (r * heads + h * group + g) * size + d, load_f32(sums + g * size + d) / total[g]);
         }
         free(scores);
     }

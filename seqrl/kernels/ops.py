@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqrl.kernels.build import library
+from seqrl.kernels.head import Sums, Tile, fold
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _LANES = 16
@@ -239,6 +240,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tenso
 
 
 def _of_spans(spans: Spans, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    for first, columns in ((spans.shared, spans.shared_columns), (spans.own, spans.own_columns)):
+        assert not len(first) or int((first + columns).max()) <= len(q), "a span ends behind the last token"
     sizes = (len(spans.own), q.shape[1], k.shape[1], q.shape[2])
     return *sizes, q, k, v, spans.shared, spans.shared_columns, spans.own, spans.own_columns
 
@@ -487,9 +490,9 @@ def attend_cached(
 
 def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row of `logits` [B, V] float32 with one uniform each [B] float64, and its log-prob."""
-    tokens = torch.empty(len(logits), dtype=torch.long)
-    logprobs = torch.empty(len(logits))
-    _call(
-        "draw", *logits.shape, logits.contiguous(), 1 / temperature, uniforms.contiguous(), tokens, logprobs
-    )
-    return tokens, logprobs
+    logits, tokens = logits.contiguous(), torch.empty(len(logits), dtype=torch.long)
+    _call("draw", *logits.shape, logits, 1 / temperature, uniforms.contiguous(), tokens)
+    # By the function of training, so that it says the same, bit for bit.
+    sums = Sums.nothing_yet(len(tokens), torch.float32, logits.device)
+    fold(Tile(logits, 0, tokens, 1 / temperature), sums)
+    return tokens, sums.chosen - sums.log_total

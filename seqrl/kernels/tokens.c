@@ -1,6 +1,8 @@
 /* Norms, rotary positions, gated layers and the cache of decoding, in each type they are needed in. */
 #include "vector.h"
 
+#define KEYS 64 /* columns whose scores are held at once, here as in attention.c */
+
 #define S float
 #define LOAD_S load_f32
 #define STORE_S store_f32
@@ -40,9 +42,9 @@
 #include "rows.h"
 
 /* One token a row by inverting the cumulative distribution in vocabulary order, on integers (so that a token
-   of probability 0 can never be picked), and its log-prob. logits [rows, vocabulary]. */
+   of probability 0 can never be picked). logits [rows, vocabulary]. */
 int draw(long rows, long vocabulary, const float *logits, float inverse_temperature, const double *uniforms,
-         int64_t *tokens, float *logprobs) {
+         int64_t *tokens) {
     const float one = 1099511627776.0f; /* 2^40: its share of the largest, as an integer weight */
     int failed = 0;
 #pragma omp parallel
@@ -54,20 +56,16 @@ int draw(long rows, long vocabulary, const float *logits, float inverse_temperat
             if (!shares) continue;
             const float *row = logits + r * vocabulary;
             long whole = vocabulary / LANES * LANES;
-            vf most = splat(-INFINITY), total = {0};
+            vf most = splat(-INFINITY);
             for (long i = 0; i < whole; i += LANES) most = larger(load_f32(row + i), most);
             float top = largest(most), rest[LANES] = {0};
             for (long i = whole; i < vocabulary; i++) top = row[i] > top ? row[i] : top;
             for (long i = 0; i < whole; i += LANES) {
-                vf share = vexp((load_f32(row + i) - top) * inverse_temperature);
-                total += share;
-                store_f32(shares + i, share);
+                store_f32(shares + i, vexp((load_f32(row + i) - top) * inverse_temperature));
             }
             if (whole < vocabulary) {
                 for (long i = 0; i < LANES; i++) rest[i] = whole + i < vocabulary ? row[whole + i] : -INFINITY;
-                vf share = vexp((load_f32(rest) - top) * inverse_temperature);
-                total += share;
-                store_f32(shares + whole, share);
+                store_f32(shares + whole, vexp((load_f32(rest) - top) * inverse_temperature));
             }
             int64_t weight = 0, reached = 0;
             for (long i = 0; i < vocabulary; i++) weight += (int64_t)(shares[i] * one);
@@ -78,7 +76,6 @@ int draw(long rows, long vocabulary, const float *logits, float inverse_temperat
                 if (reached > target || token + 1 == vocabulary) break;
             }
             tokens[r] = token;
-            logprobs[r] = (row[token] - top) * inverse_temperature - logf(sum(total));
         }
         free(shares);
     }

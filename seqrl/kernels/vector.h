@@ -3,6 +3,9 @@
 #ifndef SEQRL_VECTOR_H
 #define SEQRL_VECTOR_H
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,6 +20,18 @@ typedef uint16_t vh __attribute__((vector_size(32), aligned(2)));
 typedef uint16_t bf16;
 
 static inline vf splat(float x) { return x - (vf){0}; }
+
+/* a b + c, rounded once. Only where it is written: the compiler is told to fuse nothing by itself, so that
+   two functions that add up the same things in the same order get the same bits. */
+static inline vf fused(vf a, vf b, vf c) {
+#ifdef __AVX512F__
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    vf result;
+    for (int i = 0; i < LANES; i++) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return result;
+#endif
+}
 
 static inline vf load_f32(const float *p) { return *(const vf *)p; }
 static inline void store_f32(float *p, vf x) { *(vf *)p = x; }
@@ -67,18 +82,18 @@ static inline vf larger(vf a, vf b) { return pick(a > b, a, b); }
    Below -87 it is 0, above 88 infinite; a NaN stays one. */
 static inline vf vexp(vf x) {
     vf bounded = pick(x > 88.0f, splat(88.0f), pick(x < -87.0f, splat(-87.0f), x));
-    vf shifted = bounded * 1.44269504f + 12582912.0f; /* rounds to an integer, in the low bits */
+    vf shifted = fused(bounded, splat(1.44269504f), splat(12582912.0f)); /* rounds to an integer, in the low bits */
     vi power = ((vi)shifted - 0x4b400000) << 23;
     vf n = shifted - 12582912.0f;
-    vf r = bounded - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
+    vf r = fused(n, splat(-0.693359375f), bounded);
+    r = fused(n, splat(2.12194440e-4f), r);
     vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    p = fused(p, r, splat(1.3981999507e-3f));
+    p = fused(p, r, splat(8.3334519073e-3f));
+    p = fused(p, r, splat(4.1665795894e-2f));
+    p = fused(p, r, splat(1.6666665459e-1f));
+    p = fused(p, r, splat(5.0000001201e-1f));
+    p = fused(p, r * r, r) + 1.0f;
     vf result = (vf)((vi)p + power);
     result = pick(x < -87.0f, splat(0.0f), pick(x > 88.0f, splat(INFINITY), result));
     return pick(x == x, result, x);

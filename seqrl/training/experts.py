@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seqrl.native.experts import mixture
-from seqrl.training.packing import Layout, shared_prompts
+from seqrl.training.packing import Layout
 from seqrl.types import Batch
 
 EXPERTS_NAME = "sorted"
@@ -52,7 +52,7 @@ def expert_layers(model: Any) -> list[Any]:
 
 def response_routing(model: Any, layers: Sequence[Any], part: Batch) -> list[Tensor]:
     """The experts each response token of `part` is sent to, layer by layer: [R, k] each, on the CPU."""
-    layout = Layout.of(part.offsets, shared_prompts(part))
+    layout = Layout.of_batch(part)
     tokens = layout.source[part.response_mask]
     chosen: list[Tensor] = []
 

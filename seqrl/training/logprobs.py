@@ -14,7 +14,7 @@ from seqrl.kernels import recurring
 from seqrl.training.forward import response_hidden, response_logits
 from seqrl.training.head import MAX_LOGITS, Logits, token_statistics
 from seqrl.training.head import TokenStatistics as TokenStatistics
-from seqrl.training.packing import Layout, shared_prompts
+from seqrl.training.packing import Layout
 from seqrl.types import Batch
 
 SCALED_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -39,7 +39,7 @@ def response_statistics(
 
     The R tokens are in the order of `part.tokens[part.response_mask]`.
     """
-    layout = Layout.of(part.offsets, shared_prompts(part))
+    layout = Layout.of_batch(part)
     predicted = part.response_mask.nonzero()[:, 0]
     positions, tokens = layout.source[predicted - 1], part.tokens[predicted]
     count = tokens.numel()

@@ -64,19 +64,26 @@ class Split:
         return by_count(len(lengths), self.sequences)
 
 
-def shared_prompts(batch: Batch) -> Tensor:
+def prompt_lengths(batch: Batch) -> Tensor:
+    """[N], the tokens of each sequence before its response."""
+    total = batch.tokens.numel()
+    row = torch.arange(len(batch), device=batch.offsets.device).repeat_interleave(batch.lengths)
+    position = torch.arange(total, device=row.device) - batch.offsets[row]
+    response_at = torch.where(batch.response_mask, position, total)
+    return batch.lengths.scatter_reduce(0, row, response_at, "amin")
+
+
+def shared_prompts(batch: Batch, prompt_length: Tensor) -> Tensor:
     """For each token, the token that is computed in its stead: [T] index into T.
 
     A prompt's tokens see nothing but the prompt, so the first sequence of a group computes them for
-    all that begin with the same ones. Every other token stands for itself.
+    all that begin with the same ones. Every other token stands for itself. `prompt_length` is [N].
     """
     lengths, total = batch.lengths, batch.tokens.numel()
     everyone = torch.arange(len(batch), device=lengths.device)
     token = torch.arange(total, device=lengths.device)
     row = everyone.repeat_interleave(lengths)
     position = token - batch.offsets[row]
-    response_at = torch.where(batch.response_mask, position, total)
-    prompt_length = lengths.scatter_reduce(0, row, response_at, "amin")  # [N]
     groups, group = batch.group.unique(return_inverse=True)
     first = everyone.new_full((groups.numel(),), len(batch)).scatter_reduce(0, group, everyone, "amin")
     leader = first[group]  # [N]
@@ -85,6 +92,24 @@ def shared_prompts(batch: Batch) -> Tensor:
     differs = in_prompt & (batch.tokens[stand_in] != batch.tokens)
     alike = (prompt_length == prompt_length[leader]).index_fill(0, row[differs], False)  # [N]
     return torch.where(in_prompt & alike[row], stand_in, token)
+
+
+def _spans(own: Tensor, source: Tensor, row: Tensor, offsets: Tensor, prompts: Tensor | None) -> Spans:
+    """A prompt is a sequence by itself, which all responses to it see, as in decoding: the same numbers are
+    added up in the same order there and here."""
+    lengths = offsets.diff()
+    computed = torch.zeros_like(lengths).index_add(0, row, own.long())  # [N]
+    shared, start = lengths - computed, computed.cumsum(0) - computed
+    # What a sequence does not compute itself is its prompt.
+    hosted = torch.zeros_like(lengths) if prompts is None else torch.where(shared > 0, 0, prompts)
+    hosts = (hosted > 0).nonzero()[:, 0]
+    nobody = torch.zeros_like(hosts)
+    return Spans(
+        shared=torch.cat([source[offsets[:-1]], nobody]),
+        shared_columns=torch.cat([shared + hosted, nobody]),
+        own=torch.cat([start + hosted, start[hosts]]),
+        own_columns=torch.cat([computed - hosted, hosted[hosts]]),
+    )
 
 
 @dataclass(frozen=True)
@@ -107,8 +132,15 @@ class Layout:
     """The same for attention that needs no padding."""
 
     @classmethod
-    def of(cls, offsets: Tensor, stand_in: Tensor | None = None) -> Layout:
-        """`offsets` [N+1], `stand_in` [T] as `shared_prompts` gives it; None: nothing is shared."""
+    def of_batch(cls, batch: Batch) -> Layout:
+        """Of a micro-batch, prompts computed once for those that share them."""
+        prompts = prompt_lengths(batch)
+        return cls.of(batch.offsets, shared_prompts(batch, prompts), prompts)
+
+    @classmethod
+    def of(cls, offsets: Tensor, stand_in: Tensor | None = None, prompts: Tensor | None = None) -> Layout:
+        """`offsets` [N+1]; `stand_in` [T] as `shared_prompts` gives it, None: nothing is shared; `prompts`
+        [N], the tokens of each sequence that attention takes apart from the rest, None: none."""
         lengths, total = offsets.diff(), int(offsets[-1])
         sequences, longest = lengths.numel(), int(lengths.max())
         token = torch.arange(total, device=offsets.device)
@@ -121,15 +153,7 @@ class Layout:
         to_padded = torch.zeros(sequences * longest, dtype=torch.long, device=offsets.device)
         to_padded[padded] = source
         # What a sequence does not compute itself is a prompt: its beginning.
-        computed = torch.zeros(sequences, dtype=torch.long, device=offsets.device).index_add(
-            0, row, own.long()
-        )
-        spans = Spans(
-            shared=source[offsets[:-1]],
-            shared_columns=lengths - computed,
-            own=computed.cumsum(0) - computed,
-            own_columns=computed,
-        )
+        spans = _spans(own, source, row, offsets, prompts)
         return cls(sequences, longest, token[own], source, position[own], to_padded, padded[own], spans)
 
     def pad(self, x: Tensor) -> Tensor:

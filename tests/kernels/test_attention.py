@@ -9,7 +9,7 @@ from kernel_checks import BF16, ERROR, F32, TYPE_IDS, TYPES, double, near, rando
 from torch import Tensor
 
 from seqrl.kernels import Spans, Turn, attend, self_attention
-from seqrl.training.packing import Layout, shared_prompts
+from seqrl.training.packing import Layout
 from seqrl.types import Batch, to_offsets
 
 pytestmark = pytest.mark.usefixtures("c_only")
@@ -35,13 +35,13 @@ def layout_of(groups: Groups) -> Layout:
         reward=torch.zeros(len(pairs)),
         rollout_logprobs=torch.zeros(len(mask)),
     )
-    return Layout.of(batch.offsets, shared_prompts(batch))
+    return Layout.of_batch(batch)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Every sequence whole, token by token; the output of the computed tokens, and its log-sum-exp."""
     group = q.shape[1] // k.shape[1]
-    lengths = (layout.spans.shared_columns + layout.spans.own_columns).tolist()
+    lengths = (layout.spans.shared_columns + layout.spans.own_columns)[: layout.sequences].tolist()
     outs, sums = [], []
     for index in layout.source.split(lengths):
         keys, values = (x[index].repeat_interleave(group, dim=1) for x in (k, v))
@@ -216,7 +216,7 @@ def test_tokens_of_no_sequence_get_nothing_and_change_nothing(spoiled: float) ->
 def test_sequences_apart_give_what_a_shared_prompt_gives() -> None:
     """The other road through `Layout`: nobody shares, and every prompt is computed again."""
     shared = layout_of(SMALL)
-    lengths = shared.spans.shared_columns + shared.spans.own_columns
+    lengths = (shared.spans.shared_columns + shared.spans.own_columns)[: shared.sequences]
     apart = Layout.of(to_offsets(lengths))
     assert not bool(apart.spans.shared_columns.any())
     tensors = inputs_of(shared, 4, 2, 32)

@@ -19,7 +19,7 @@ _SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
     "pad_token_id": None,
 }
-_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),

@@ -51,13 +51,14 @@ def near(ours: list[Tensor], exact: list[Tensor], error: float) -> None:
 
 
 SHAPES = {  # tokens, experts, top_k, hidden, intermediate
-    "few": (5, 4, 2, 32, 16),
-    "64 experts, top 8": (40, 64, 8, 32, 16),
-    "one token": (1, 64, 8, 32, 16),
-    "one expert": (6, 1, 1, 48, 32),
-    "many rows": (200, 4, 2, 48, 32),
+    "few": (5, 4, 2, 32, 32),
+    "64 experts, top 8": (40, 64, 8, 64, 32),
+    "one token": (1, 64, 8, 32, 32),
+    "one expert": (6, 1, 1, 96, 32),
+    "many rows": (200, 4, 2, 96, 64),
+    "multiples of 16, not of 32": (7, 4, 2, 48, 16),
     "widths the C does not take": (7, 4, 2, 20, 10),
-    "no tokens": (0, 4, 2, 32, 16),
+    "no tokens": (0, 4, 2, 32, 32),
 }
 
 
@@ -82,7 +83,7 @@ def test_a_mixture_and_its_gradients(
 
 def test_experts_with_no_rows_have_a_gradient_of_zeros(in_c: bool) -> None:
     chosen = torch.tensor([[1, 6], [6, 1], [3, 6]])
-    tensors = [random(3, 32), random(3, 2, seed=1), random(8, 32, 32, seed=2), random(8, 32, 16, seed=3)]
+    tensors = [random(3, 32), random(3, 2, seed=1), random(8, 64, 32, seed=2), random(8, 32, 32, seed=3)]
     exact = learnt(chosen, torch.float64, True, tensors)
     ours = learnt(chosen, F32, False, tensors)
     near(ours, exact, ERROR[F32])
@@ -93,7 +94,7 @@ def test_experts_with_no_rows_have_a_gradient_of_zeros(in_c: bool) -> None:
 def test_frozen_experts_pass_the_gradient_on(in_c: bool) -> None:
     chosen = choices(5, 4, 2)
     x, weights = random(5, 32).requires_grad_(), random(5, 2, seed=1)
-    gate_up, down = random(4, 32, 32, seed=2), random(4, 32, 16, seed=3)
+    gate_up, down = random(4, 64, 32, seed=2), random(4, 32, 32, seed=3)
     mixture(x, chosen, weights, gate_up, down).sum().backward()
     free = x.detach().clone().requires_grad_()
     by_formula(free.double(), chosen, weights.double(), gate_up.double(), down.double()).sum().backward()
@@ -120,7 +121,7 @@ def test_packed_matrices_say_the_same(threads: int, tokens: int, dtype: torch.dt
 def test_routing(in_c: bool, normalise: bool) -> None:
     """The `top_k` most probable experts, by their probabilities, scaled to 1 or as they are."""
     y, router = random(9, 32), random(6, 32, seed=5) / 4
-    gate_up, down = random(6, 32, 32, seed=2) / 4, random(6, 32, 16, seed=3) / 4
+    gate_up, down = random(6, 64, 32, seed=2) / 4, random(6, 32, 32, seed=3) / 4
     leaves = [t.clone().requires_grad_() for t in (y, router)]
     out = Experts(leaves[1], gate_up, down, 3, normalise)(leaves[0])
     out.sum().backward()

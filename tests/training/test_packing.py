@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from seqrl.errors import UserError
 from seqrl.training.logprobs import response_statistics
 from seqrl.training.model import check_flat_forward
-from seqrl.training.packing import Layout, by_count, by_tokens, shared_prompts
+from seqrl.training.packing import Layout, by_count, by_tokens, prompt_lengths, shared_prompts
 from seqrl.types import Batch, to_offsets
 
 LENGTHS = [5, 13, 1, 8, 13]
@@ -159,11 +159,11 @@ def test_the_prompt_of_a_group_is_computed_once(make_model: Callable[..., Any]) 
         reward=torch.zeros(5),
         rollout_logprobs=torch.zeros(len(tokens)),
     )
-    stand_in = shared_prompts(batch)
+    stand_in = shared_prompts(batch, prompt_lengths(batch))
     assert stand_in.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 11, 12, 13, 5, 6, 16, 17, 18, 19, 20]
     apart = replace(batch, group=torch.arange(5))
     assert Layout.of(batch.offsets, stand_in).computed.numel() == len(tokens) - 5
-    assert torch.equal(shared_prompts(apart), torch.arange(len(tokens)))
+    assert torch.equal(shared_prompts(apart, prompt_lengths(apart)), torch.arange(len(tokens)))
 
     model = make_model("qwen3").double()
     weight = torch.randn(sum(mask), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
