@@ -41,8 +41,8 @@ SAMPLED_GROUPS = 1
 """Groups of a step whose responses go into the report."""
 PROBED_FOR_DRIFT = 4
 """Responses of a step on which expert drift is measured."""
-PROBED_UNDER_BYPASS = 16
-"""Responses of a step whose log-probs the training engine computes all the same, to measure the mismatch."""
+PROBED_FOR_MISMATCH = 16
+"""Responses of a step whose log-probs the training engine computes even where it takes the rollout's."""
 PROBED_FOR_NOISE = 64
 """Responses whose log-probs are computed in two splits, once in a process."""
 
@@ -67,6 +67,8 @@ class Trainer:
         self.objective = self.controllers.objective()
         self.step = 0
         """Finished steps."""
+        self._agreeing = True
+        """Rollout and training engine have never differed, in this process."""
         self._untried = True
         """No step was taken in this process."""
         self._batch: Batch | None = None
@@ -139,11 +141,7 @@ class Trainer:
         batch = Batch.of(sampled.rollouts, sampled.rewards)
         metrics = dict(sampled.metrics)
         with clock("old_log_prob"):
-            batch, sum_pi_squared = self._with_old_logprobs(batch)
-            measured = batch
-            if self._bypasses:
-                measured = batch.select(_spread(len(batch), PROBED_UNDER_BYPASS))
-                measured = replace(measured, old_logprobs=self.training.logprobs(measured))
+            batch, measured, sum_pi_squared = self._with_old_logprobs(batch)
         if self.needs_ref_logprobs:
             with clock("ref"):
                 batch = replace(batch, ref_logprobs=self.training.ref_logprobs(batch))
@@ -180,14 +178,25 @@ class Trainer:
     def _bypasses(self) -> bool:
         return self.config.algorithm.rollout_correction.bypass_mode
 
-    def _with_old_logprobs(self, batch: Batch) -> tuple[Batch, Tensor | None]:
-        """The batch with its old log-probs, and the sum of squared probabilities [T] where it is needed."""
+    def _with_old_logprobs(self, batch: Batch) -> tuple[Batch, Batch, Tensor | None]:
+        """The batch with its old log-probs; what of it has the training engine's own, to measure the mismatch
+        by; and the sum of squared probabilities [T] where it is needed.
+
+        Where the two engines say the same of some responses, bit for bit, the rollout's are taken for all.
+        """
+        taken = replace(batch, old_logprobs=batch.rollout_logprobs)
         if self.advantages.needs_sum_pi_squared:
             logprobs, squares = self.training.logprobs_and_sum_pi_squared(batch)
-        else:
-            logprobs = batch.rollout_logprobs if self._bypasses else self.training.logprobs(batch)
-            squares = None
-        return replace(batch, old_logprobs=batch.rollout_logprobs if self._bypasses else logprobs), squares
+            computed = replace(batch, old_logprobs=logprobs)
+            return taken if self._bypasses else computed, computed, squares
+        if self._bypasses or self._agreeing:
+            probe = batch.select(_spread(len(batch), PROBED_FOR_MISMATCH))
+            probe = replace(probe, old_logprobs=self.training.logprobs(probe))
+            self._agreeing = self._agreeing and _is_equal(probe)
+            if self._bypasses or self._agreeing:
+                return taken, probe, None
+        computed = replace(batch, old_logprobs=self.training.logprobs(batch))
+        return computed, computed, None
 
     def _preflight(self, batch: Batch, measured: Batch, say: Callable[[str], None]) -> None:
         """Asked once in a process: is there noise in the ratios, and does a split change the gradient?"""
@@ -196,6 +205,8 @@ class Trainer:
         probe = measured.select(_spread(len(measured), min(PROBED_FOR_NOISE, (len(measured) + 1) // 2)))
         again = self.training.logprobs(probe)
         report_noise(measured, probe, again, self.config, say)
+        if self._agreeing and not self._bypasses:
+            say("old log-probs: the rollout's, as long as the training engine says the same, bit for bit")
         if self.config.trainer.self_test:
             check_splits(probe, again, actor)
             check_partition(self.training, next(self._mini_batches(batch)), self.objective, actor, say)
@@ -295,6 +306,13 @@ def _spread(total: int, most: int) -> list[int]:
     """At most `most` of the first `total` numbers, evenly."""
     count = min(total, most)
     return [i * total // count for i in range(count)]
+
+
+def _is_equal(probe: Batch) -> bool:
+    """Whether both engines say the same of each response token; NaN is no agreement."""
+    assert probe.old_logprobs is not None
+    mask = probe.response_mask
+    return torch.equal(probe.old_logprobs[mask], probe.rollout_logprobs[mask])
 
 
 def _drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> Metrics:
