@@ -80,21 +80,21 @@ class CachedDecoder:
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         column = torch.arange(len(tokens)) - (ends - lengths).repeat_interleave(lengths)
         slot = place.repeat_interleave(lengths)
+        tokens, positions = _filled_up(tokens), _filled_up(column)
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
-            q, k, v = turned(qkv, column, self.weights.turn, layer.q_norm, layer.k_norm)
+            q, k, v = turned(qkv, positions, self.weights.turn, layer.q_norm, layer.k_norm)
             self.prompts[index].append(k, v, slot, column)
             return attend(q, k, v, spans)[0].flatten(1)
 
         hidden = hidden_states(self.weights, tokens, attention)
-        return self.weights.lm_head(hidden[ends - 1])
+        return self.weights.lm_head(hidden[_filled_up(ends - 1)])[: len(prompts)]
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoder.step`."""
         positions, columns = self.prompt_columns[self.prompt] + self.columns, self.columns + 1
         rows = len(tokens)
-        extra = recurring(rows, tokens.device) - rows  # rows without a place
-        tokens, positions = F.pad(tokens, (0, extra)), F.pad(positions, (0, extra))
+        tokens, positions = _filled_up(tokens), _filled_up(positions)
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             q, k, v = turned(qkv, positions, self.weights.turn, layer.q_norm, layer.k_norm)
@@ -114,3 +114,8 @@ class CachedDecoder:
         self.prompt, self.slot, self.columns = self.prompt[rows], self.slot[rows], self.columns[rows]
         self.free_prompts += before[0] - set(self.prompt.tolist())
         self.free += before[1] - set(self.slot.tolist())
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    """`x` [B], and zeros for rows without a place up to a number of rows that comes again."""
+    return F.pad(x, (0, recurring(len(x), x.device) - len(x)))

@@ -94,6 +94,7 @@ class FakeRollout:
 
     def __init__(self, diary: Diary) -> None:
         self.diary = diary
+        self.logprob = -1.0
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, policy_version: int
@@ -118,7 +119,7 @@ class FakeRollout:
         length = int(torch.randint(1, 5, (), generator=generator))
         tokens = torch.randint(0, 9, (length,), generator=generator)
         text = "".join(map(str, tokens.tolist()))
-        return Rollout(prompt, group, tokens, torch.full((length,), -1.0), text, True, policy_version)
+        return Rollout(prompt, group, tokens, torch.full((length,), self.logprob), text, True, policy_version)
 
 
 def digit_sum(rollout: Rollout) -> Reward:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from seqrl.trainer import loop
 from seqrl.types import SamplingParams
 
 ACTOR = "actor_rollout_ref__actor__"
@@ -197,3 +198,30 @@ def test_metrics_of_a_step(make_run: Callable[..., Any]) -> None:
     assert row["actor/lr"] == pytest.approx(0.1 / 2), "that of the last update"
     assert row["actor/ppo_kl"] == pytest.approx(-0.015, abs=2e-3), "over both updates: -0.01 and -0.02"
     assert [row["training/epoch"] for row in run.rows[1:]] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("apart", "asked_for"), [(0.0, [2, 1, 2, 2, 2, 2]), (1e-6, [2, 8, 4, 8, 8, 8, 8]), (torch.nan, None)]
+)
+def test_old_logprobs_are_the_rollouts_where_the_engines_agree_bit_for_bit(
+    make_run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    apart: float,
+    asked_for: list[int] | None,
+) -> None:
+    """The fake policy says -1 of every token. Responses whose log-probs it is asked for: of a step's eight
+    a probe of two; all, once and for ever, after they differed; and once some for the noise floor."""
+    monkeypatch.setattr(loop, "PROBED_FOR_MISMATCH", 2)
+    run = make_run(trainer__val_before_train=False)
+    run.trainer.rollout.logprob += apart
+    asked, logprobs = [], run.training.logprobs
+
+    def counted(batch: Any) -> torch.Tensor:
+        asked.append(len(batch))
+        return logprobs(batch)
+
+    monkeypatch.setattr(run.training, "logprobs", counted)
+    run.fit()
+    assert asked == (asked_for or [2, 8, 4, 8, 8, 8, 8])
+    for part in run.diary.mini_batches:
+        assert part.old_logprobs[part.response_mask].unique().tolist() == [-1.0]
