@@ -18,7 +18,7 @@ from seqrl.kernels import fits, recurring, self_attention, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights, why_unreadable
 from seqrl.training.experts import EXPERTS_NAME
-from seqrl.training.packing import Layout, padded_attention
+from seqrl.training.packing import Layout, padded_attention, varlen_attention
 from seqrl.types import Batch
 
 
@@ -57,6 +57,8 @@ def _attention(w: Weights, layout: Layout, positions: Tensor) -> Callable[[int, 
         if in_c:
             return self_attention(qkv, layer.q_norm, layer.k_norm, positions, w.turn, layout.spans)
         q, k, v = turned(qkv, positions, w.turn, layer.q_norm, layer.k_norm)
+        if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+            return varlen_attention(q, k, v, layout).flatten(1)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = padded_attention(q, k, v, layout)[0].flatten(1)
         return F.pad(out, (0, 0, 0, len(qkv) - len(out)))

@@ -130,6 +130,10 @@ class Layout:
     """[T'] index into N*L."""
     spans: Spans
     """The same for attention that needs no padding."""
+    offsets: Tensor
+    """[N+1], where sequences begin in T."""
+    computed_offsets: Tensor
+    """[N+1], where they begin in T'."""
 
     @classmethod
     def of_batch(cls, batch: Batch) -> Layout:
@@ -152,9 +156,18 @@ class Layout:
         padded = row * longest + position
         to_padded = torch.zeros(sequences * longest, dtype=torch.long, device=offsets.device)
         to_padded[padded] = source
-        # What a sequence does not compute itself is a prompt: its beginning.
-        spans = _spans(own, source, row, offsets, prompts)
-        return cls(sequences, longest, token[own], source, position[own], to_padded, padded[own], spans)
+        return cls(
+            sequences,
+            longest,
+            token[own],
+            source,
+            position[own],
+            to_padded,
+            padded[own],
+            _spans(own, source, row, offsets, prompts),
+            offsets,
+            F.pad(own.cumsum(0), (1, 0))[offsets],
+        )
 
     def pad(self, x: Tensor) -> Tensor:
         """[1, H, T', D] -> [N, H, L, D]."""
@@ -223,6 +236,28 @@ def padded_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return layout.flatten(out)
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """The same without padding, by FlashAttention: CUDA, half precision.
+
+    query [T', H, D], key and value [T', H_kv, D] -> [T', H, D]. Each sequence has its keys side by side,
+    those of a shared prompt once for each; its queries are the last of it, which is how they line up.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys, values = (x.index_select(0, layout.source) for x in (key, value))
+    return varlen_attn(
+        query,
+        keys,
+        values,
+        layout.computed_offsets.to(torch.int32),
+        layout.offsets.to(torch.int32),
+        layout.longest,
+        layout.longest,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def register() -> None:

@@ -49,9 +49,9 @@ from seqrl.config.place import place
 from seqrl.config.plan import plan
 from seqrl.config.schema import Config, SFTConfig
 from seqrl.errors import UserError
+from seqrl.native import forward as native
 from seqrl.report.files import METRICS, read_rows
 from seqrl.rewards import make_reward
-from seqrl.native import forward as native
 from seqrl.rollout.decoding import DecodedRows
 from seqrl.tiny import CHAT_TEMPLATE, make_tokenizer, write_tiny_model
 from seqrl.types import Prompt, Rollout

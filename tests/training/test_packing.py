@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from seqrl.errors import UserError
 from seqrl.training.logprobs import response_statistics
 from seqrl.training.model import check_flat_forward
-from seqrl.training.packing import Layout, by_count, by_tokens, prompt_lengths, shared_prompts
+from seqrl.training.packing import (
+    Layout,
+    by_count,
+    by_tokens,
+    padded_attention,
+    prompt_lengths,
+    shared_prompts,
+    varlen_attention,
+)
 from seqrl.types import Batch, to_offsets
 
 LENGTHS = [5, 13, 1, 8, 13]
@@ -175,3 +183,26 @@ def test_the_prompt_of_a_group_is_computed_once(make_model: Callable[..., Any]) 
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     once, twice = gradients
     assert (once - twice).norm() < 1e-6 * twice.norm(), "transformers' norms round to float32"
+
+
+def flash(query: Any, keys: Any, values: Any, q_at: Any, k_at: Any, *_: int, **options: Any) -> torch.Tensor:
+    """What `varlen_attn` does on a GPU: the queries of a sequence are the last of its keys."""
+    assert options == {"window_size": (-1, 0), "enable_gqa": True}
+    outs = []
+    for i in range(len(q_at) - 1):
+        q = query[q_at[i] : q_at[i + 1]]
+        k, v = (x[k_at[i] : k_at[i + 1]].repeat_interleave(2, dim=1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(1 + len(k) - len(q))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    return torch.cat(outs)
+
+
+def test_attention_of_variable_length_is_padded_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third sequence begins with the first's prompt, the fourth has no response."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+    stand_in = torch.tensor([*range(8), 0, 1, 2, 11, 12, 13, 5, 6, *range(16, 21)])
+    layout = Layout.of(to_offsets(torch.tensor([5, 3, 6, 2, 5])), stand_in)
+    q, k, v = (torch.randn(len(layout.computed), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    padded = padded_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), layout)[0]
+    torch.testing.assert_close(varlen_attention(q, k, v, layout), padded)
