@@ -86,7 +86,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 class Seqrl:
     """`seqrl train` with the quickstart recipe, a step at a time; weights in float32, products in `dtype`."""
 
-    def __init__(self, model: Path, directory: Path, *, limit: int, dtype: str, bypass: bool) -> None:
+    def __init__(self, model: Path, directory: Path, *, limit: int, dtype: str) -> None:
         from seqrl.cli import build_trainer
         from seqrl.config.load import load
         from seqrl.config.schema import Config
@@ -105,7 +105,6 @@ class Seqrl:
             f"actor_rollout_ref.actor.optim.lr={LEARNING_RATE}",
             "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
             f"actor_rollout_ref.actor.fsdp_config.dtype={dtype}",
-            f"algorithm.rollout_correction.bypass_mode={str(bypass).lower()}",
             f"custom_reward_function.path={Path(__file__).resolve()}",
             f"trainer.default_local_dir={directory}",
             "trainer.device=cpu",
@@ -248,9 +247,7 @@ def measure(
     """The turns of TRL in the dtype `theirs` (None: without it) and of seqrl in every dtype, warmed up."""
     ours, count = {}, args.warmup + args.iterations
     for dtype in args.dtype:
-        bypass = dtype == "float32" if args.bypass is None else args.bypass
-        name = f"seqrl {dtype}" + (" (bypass)" if bypass else "")
-        ours[name] = Seqrl(model, directory / dtype, limit=workload.limit, dtype=dtype, bypass=bypass)
+        ours[f"seqrl {dtype}"] = Seqrl(model, directory / dtype, limit=workload.limit, dtype=dtype)
     turns: dict[str, list[Iteration]] = {name: [] for name in ours}
 
     def iterate() -> None:
@@ -347,11 +344,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES], help="of both sides")
     parser.add_argument("--iterations", type=int, default=5, help="counted turns")
     parser.add_argument("--warmup", type=int, default=1, help="turns before them")
-    parser.add_argument(
-        "--bypass",
-        action=argparse.BooleanOptionalAction,
-        help="seqrl takes old log-probs from the rollout; by default in float32 alone",
-    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trl-experts", default="grouped_mm", choices=["eager", "grouped_mm", "batched_mm"])
     parser.add_argument("--name", default="step", help="of the files in benchmarks/results")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqrl.kernels.build import library
 from seqrl.kernels.head import Sums, Tile, fold
@@ -38,9 +39,14 @@ def fits(stream: torch.dtype, compute: torch.dtype, device: torch.device, *width
 
 def _call(name: str, *arguments: Any) -> None:
     """Calls the C function with tensors as pointers. Raises MemoryError where it found none."""
-    said = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    said = [_address(x) if isinstance(x, Tensor) else x for x in arguments]
     if getattr(_loaded(), name)(*said):
         raise MemoryError(f"{name}: no memory for scratch space")
+
+
+def _address(x: Tensor) -> int:
+    assert x.is_contiguous(), "the C reads numbers side by side"
+    return x.data_ptr()
 
 
 def _loaded() -> ctypes.CDLL:
@@ -94,6 +100,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
@@ -128,6 +135,7 @@ class _AddNorm(torch.autograd.Function):
         return out, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, carried: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         out, weight, rstd = ctx.saved_tensors
         if dy is None:
@@ -268,6 +276,7 @@ class _SelfAttention(torch.autograd.Function):
         return out.flatten(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_weight, k_weight, positions, out, lse = ctx.saved_tensors
         turn, threads = ctx.turn, torch.get_num_threads()
@@ -343,6 +352,7 @@ class _Gated(torch.autograd.Function):
         return gated(gate_up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         return gated_backward(gate_up, grad)
@@ -461,7 +471,7 @@ class Cache:
         (_, kv_heads, size), tokens = k.shape, len(slot)
         _call(
             f"append_{_SUFFIX[k.dtype]}",
-            *(tokens, kv_heads, size, self.keys.shape[2], k, v, v.stride(0)),
+            *(tokens, kv_heads, size, self.keys.shape[2], k, v.data_ptr(), v.stride(0)),
             *(self.keys, self.values, slot, column),
         )
 

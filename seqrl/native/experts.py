@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqrl.kernels import (
     PackedExperts,
@@ -91,6 +92,7 @@ class _Mixture(torch.autograd.Function):
         return combined(out, place, weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, token, place, weights, ends, gate_up, down, inner, out = ctx.saved_tensors
         of_out, of_weights = combined_backward(out, place, weights, grad.contiguous())

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqrl.kernels import product
 from seqrl.kernels.head import Sums, Tile, exact, fold, gradient
@@ -194,6 +195,7 @@ class _Statistics(torch.autograd.Function):
         return sums.chosen - log_total, entropy, squares, kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, kept, log_total, entropy, squares, ref_log_total, kl = ctx.saved_tensors
         logits, asked, reference = Logits(hidden, weight, bias), ctx.asked, ctx.reference

@@ -247,7 +247,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) 
     from torch.nn.attention.varlen import varlen_attn
 
     keys, values = (x.index_select(0, layout.source) for x in (key, value))
-    return varlen_attn(
+    attended: Any = varlen_attn(
         query,
         keys,
         values,
@@ -258,6 +258,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) 
         window_size=(-1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return attended
 
 
 def register() -> None:
