@@ -32,7 +32,7 @@ FLAGS = (
 _OF_ROWS = {
     "add_norm": "ll ppp f ppp",
     "add_norm_backward": "ll ppppppp l",
-    "turn": "llll ppp f ppppp",
+    "turn": "llll ppp f pppppppp",
     "turn_backward": "llll ppp f ppppppppp l",
 }
 _OF_STORAGE = {

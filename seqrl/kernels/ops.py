@@ -213,7 +213,22 @@ def turned(
     _call(
         f"turn_{_SUFFIX[stream]}_{_SUFFIX[qkv.dtype]}",
         *(len(qkv), turn.heads, turn.kv_heads, turn.size, qkv, q_weight, k_weight, turn.eps),
-        *(turn.cos, turn.sin, positions, q, k),
+        *(turn.cos, turn.sin, positions, q, k, None, None, None),
+    )
+    return q, k, v
+
+
+def _turned_wide(
+    qkv: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of `turned` as float32, in C."""
+    stream = qkv.dtype if q_weight is None else q_weight.dtype
+    sizes = (turn.heads, turn.kv_heads, turn.kv_heads)
+    q, k, v = (torch.empty(len(qkv), heads, turn.size) for heads in sizes)
+    _call(
+        f"turn_{_SUFFIX[stream]}_{_SUFFIX[qkv.dtype]}",
+        *(len(qkv), turn.heads, turn.kv_heads, turn.size, qkv, q_weight, k_weight, turn.eps),
+        *(turn.cos, turn.sin, positions, None, None, q, k, v),
     )
     return q, k, v
 
@@ -270,7 +285,8 @@ class _SelfAttention(torch.autograd.Function):
         spans: Spans,
     ) -> Tensor:
         with torch.no_grad():
-            out, lse = attend(*turned(qkv, positions, turn, q_weight, k_weight), spans)
+            out, lse = attend(*_turned_wide(qkv, positions, turn, q_weight, k_weight), spans)
+        out = out.to(qkv.dtype)
         ctx.save_for_backward(qkv, q_weight, k_weight, positions, out, lse)
         ctx.turn, ctx.spans = turn, spans
         return out.flatten(1)
@@ -280,8 +296,7 @@ class _SelfAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_weight, k_weight, positions, out, lse = ctx.saved_tensors
         turn, threads = ctx.turn, torch.get_num_threads()
-        with torch.no_grad():
-            q, k, v = (x.float().contiguous() for x in turned(qkv, positions, turn, q_weight, k_weight))
+        q, k, v = _turned_wide(qkv, positions, turn, q_weight, k_weight)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         _call(
             "attend_backward",
@@ -294,7 +309,7 @@ class _SelfAttention(torch.autograd.Function):
         _call(
             f"turn_backward_{_types(stream, qkv.dtype)}",
             *(len(q), turn.heads, turn.kv_heads, turn.size, qkv, q_weight, k_weight, turn.eps),
-            *(turn.cos, turn.sin, positions, dq.to(qkv.dtype), dk.to(qkv.dtype), dv.to(qkv.dtype), dqkv),
+            *(turn.cos, turn.sin, positions, dq, dk, dv, dqkv),
             *(dweights[0], dweights[1], threads),
         )
         if q_weight is None:
@@ -314,7 +329,7 @@ def self_attention(
     """Causal attention of `qkv` [T, (Q + 2K) D] in C (see `fits`): [T, Q D]."""
     if torch.is_grad_enabled():
         return _SelfAttention.apply(qkv, q_weight, k_weight, positions, turn, spans)
-    return attend(*turned(qkv, positions, turn, q_weight, k_weight), spans)[0].flatten(1)
+    return attend(*_turned_wide(qkv, positions, turn, q_weight, k_weight), spans)[0].to(qkv.dtype).flatten(1)
 
 
 # Gated feed-forward layers

@@ -55,11 +55,19 @@ void NAME(add_norm_backward)(long rows, long width, const S *x_out, const S *wei
     }
 }
 
+/* As if stored in C. */
+static inline vf NAME(rounded)(vf x) {
+    C stored[LANES];
+    STORE_C(stored, x);
+    return LOAD_C(stored);
+}
+
 /* The queries and keys of a row of `qkv` [rows, (heads + 2 kv_heads) size]: normed head by head where
-   weights are given, then turned by their position. cos, sin: [positions, size / 2]. */
+   weights are given, then turned by their position. cos, sin: [positions, size / 2]. Into q and k; or, where
+   these are NULL, the same numbers as float32 into wide_q and wide_k, and the values into wide_v. */
 void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, const S *q_weight,
                 const S *k_weight, float eps, const float *cos, const float *sin, const int64_t *positions, C *q,
-                C *k) {
+                C *k, float *wide_q, float *wide_k, float *wide_v) {
     long half = size / 2, width = (heads + 2 * kv_heads) * size;
 #pragma omp parallel for schedule(static) if (rows * width > 16384)
     for (long r = 0; r < rows; r++) {
@@ -67,8 +75,9 @@ void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, c
         for (long h = 0; h < heads + kv_heads; h++) {
             const C *from = qkv + r * width + h * size;
             const S *weight = h < heads ? q_weight : k_weight;
-            C *to = h < heads ? q + (r * heads + h) * size : k + (r * kv_heads + h - heads) * size;
-            float scale = 1;
+            long at = h < heads ? (r * heads + h) * size : (r * kv_heads + h - heads) * size;
+            C *to = h < heads ? q : k;
+            float *wide = h < heads ? wide_q : wide_k, scale = 1;
             if (weight) {
                 vf squares = {0};
                 for (long i = 0; i < size; i += LANES) squares += LOAD_C(from + i) * LOAD_C(from + i);
@@ -77,30 +86,37 @@ void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, c
             for (long i = 0; i < half; i += LANES) {
                 vf a = LOAD_C(from + i) * scale, b = LOAD_C(from + half + i) * scale;
                 if (weight) a *= LOAD_S(weight + i), b *= LOAD_S(weight + half + i);
-                vf ci = load_f32(c + i), si = load_f32(s + i);
-                STORE_C(to + i, a * ci - b * si);
-                STORE_C(to + half + i, b * ci + a * si);
+                vf ci = load_f32(c + i), si = load_f32(s + i), x = a * ci - b * si, y = b * ci + a * si;
+                if (to) {
+                    STORE_C(to + at + i, x);
+                    STORE_C(to + at + half + i, y);
+                } else {
+                    store_f32(wide + at + i, NAME(rounded)(x));
+                    store_f32(wide + at + half + i, NAME(rounded)(y));
+                }
             }
         }
+        for (long i = 0; wide_v && i < kv_heads * size; i += LANES)
+            store_f32(wide_v + r * kv_heads * size + i, LOAD_C(qkv + r * width + (heads + kv_heads) * size + i));
     }
 }
 
-/* Gradient of turn, and dv copied to its place: dqkv as qkv. dq_weight, dk_weight: [threads, size]. */
+/* Gradient of turn, and dv put into its place: dqkv as qkv. dq_weight, dk_weight: [threads, size]. */
 void NAME(turn_backward)(long rows, long heads, long kv_heads, long size, const C *qkv, const S *q_weight,
                          const S *k_weight, float eps, const float *cos, const float *sin,
-                         const int64_t *positions, const C *dq, const C *dk, const C *dv, C *dqkv,
+                         const int64_t *positions, const float *dq, const float *dk, const float *dv, C *dqkv,
                          float *dq_weight, float *dk_weight, long threads) {
     long half = size / 2, width = (heads + 2 * kv_heads) * size;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (long t = 0; t < threads; t++)
         for (long r = rows * t / threads; r < rows * (t + 1) / threads; r++) {
             const float *c = cos + positions[r] * half, *s = sin + positions[r] * half;
-            memcpy(dqkv + r * width + (heads + kv_heads) * size, dv + r * kv_heads * size,
-                   kv_heads * size * sizeof(C));
+            for (long i = 0; i < kv_heads * size; i += LANES)
+                STORE_C(dqkv + r * width + (heads + kv_heads) * size + i, load_f32(dv + r * kv_heads * size + i));
             for (long h = 0; h < heads + kv_heads; h++) {
                 const C *from = qkv + r * width + h * size;
                 C *to = dqkv + r * width + h * size;
-                const C *d = h < heads ? dq + (r * heads + h) * size : dk + (r * kv_heads + h - heads) * size;
+                const float *d = h < heads ? dq + (r * heads + h) * size : dk + (r * kv_heads + h - heads) * size;
                 const S *weight = h < heads ? q_weight : k_weight;
                 float *dw = (h < heads ? dq_weight : dk_weight) + t * size, scale = 1, mean = 0;
                 if (weight) {
@@ -109,8 +125,8 @@ void NAME(turn_backward)(long rows, long heads, long kv_heads, long size, const 
                     scale = 1.0f / sqrtf(sum(squares) / size + eps);
                     for (long i = 0; i < half; i += LANES) {
                         vf ci = load_f32(c + i), si = load_f32(s + i);
-                        vf da = LOAD_C(d + i) * ci + LOAD_C(d + half + i) * si;
-                        vf db = LOAD_C(d + half + i) * ci - LOAD_C(d + i) * si;
+                        vf da = load_f32(d + i) * ci + load_f32(d + half + i) * si;
+                        vf db = load_f32(d + half + i) * ci - load_f32(d + i) * si;
                         vf a = LOAD_C(from + i) * scale, b = LOAD_C(from + half + i) * scale;
                         dots += da * a * LOAD_S(weight + i) + db * b * LOAD_S(weight + half + i);
                         store_f32(dw + i, load_f32(dw + i) + da * a);
@@ -120,8 +136,8 @@ void NAME(turn_backward)(long rows, long heads, long kv_heads, long size, const 
                 }
                 for (long i = 0; i < half; i += LANES) {
                     vf ci = load_f32(c + i), si = load_f32(s + i);
-                    vf da = LOAD_C(d + i) * ci + LOAD_C(d + half + i) * si;
-                    vf db = LOAD_C(d + half + i) * ci - LOAD_C(d + i) * si;
+                    vf da = load_f32(d + i) * ci + load_f32(d + half + i) * si;
+                    vf db = load_f32(d + half + i) * ci - load_f32(d + i) * si;
                     if (weight) {
                         vf a = LOAD_C(from + i) * scale, b = LOAD_C(from + half + i) * scale;
                         da = (da * LOAD_S(weight + i) - a * mean) * scale;
