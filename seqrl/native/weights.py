@@ -109,14 +109,15 @@ def why_unreadable(model: Any) -> str | None:
 
 def _is_changed(module: Any) -> bool:
     """Whether somebody has this module do something else than its class says."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    hooks = [
+        hook
+        for kind in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in (*kind.values(), *module._backward_hooks.values(), *module._backward_pre_hooks.values())
+        # Transformers' own, under gradient checkpointing; weights that are trained do not need it.
+        if getattr(hook, "__name__", "") != "make_inputs_require_grads"
+    ]
     foreign = not type(module).__module__.startswith(("transformers.", "torch.nn."))
-    return any(hooks) or foreign or "forward" in vars(module)
+    return bool(hooks) or foreign or "forward" in vars(module)
 
 
 def read_weights(model: Any, dtype: torch.dtype, *, length: int, pack: bool = False) -> Weights:

@@ -205,3 +205,11 @@ def test_another_architecture_is_not_read() -> None:
         vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     assert why_unreadable(GPTNeoXForCausalLM(config)) == "model type gpt_neox (GPTNeoXForCausalLM)"
+
+
+def test_gradient_checkpointing_leaves_a_model_native() -> None:
+    """Transformers hangs a hook on the embedding, which training all weights does not need."""
+    model = build_native("qwen3")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.get_input_embeddings()._forward_hooks
+    assert why_unreadable(model) is None
