@@ -1,33 +1,22 @@
 """What a training step and decoding do between their matrix products, as close to the processor as C goes.
 
-`ops.py` has the operations, each with its gradient and with torch's own operations as the fallback;
-`build.py` compiles the C on first use.
+Each operation has its gradient where training needs it, and torch's own operations for devices, types and
+sizes that the C does not have. `build.py` compiles the C on first use.
 """
 
+from seqrl.kernels.attention import Cache, Spans, Turn, attend, attend_cached, self_attention, turned
 from seqrl.kernels.build import library
-from seqrl.kernels.ops import (
-    Cache,
+from seqrl.kernels.call import fits
+from seqrl.kernels.experts import (
     PackedExperts,
-    Spans,
-    Turn,
-    add_norm,
-    attend,
-    attend_cached,
     combined,
     combined_backward,
-    draw,
     expert_products,
     expert_products_backward,
-    fits,
-    gated,
-    gated_backward,
-    linear,
-    packable,
-    product,
-    recurring,
-    self_attention,
-    turned,
 )
+from seqrl.kernels.head import draw
+from seqrl.kernels.layers import add_norm, gated, gated_backward
+from seqrl.kernels.products import linear, packable, product, recurring
 
 __all__ = [
     "Cache",

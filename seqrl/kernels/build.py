@@ -43,6 +43,8 @@ _OF_STORAGE = {
     "expert_products": "lll pppp",
     "append": "llll pp l pppp",
     "attend_cached": "llll ppp l pppp l ppp",
+    "head_fold": "llll f ppppppp",
+    "head_gradient": "llll f pppppppp l",
 }
 ARGUMENTS = {
     **{
@@ -79,7 +81,7 @@ def library() -> ctypes.CDLL | None:
         reason = (getattr(error, "stderr", None) or "").strip() or str(error)
         _log.warning(
             "kernels: the C kernels could not be compiled (%s); torch's own operations stand in, which are "
-            "slower. A C compiler (gcc or clang) makes up for it; %s=0 silences this",
+            "slower. gcc or clang, with OpenMP, makes up for it; %s=0 silences this",
             reason.splitlines()[0],
             SWITCH,
         )

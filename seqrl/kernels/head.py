@@ -9,17 +9,15 @@ Shape legend: R rows of a tile, W its width in entries of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ctypes import c_float, c_long, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqrl.kernels.build import library
+from seqrl.kernels.call import SUFFIX, call, fits
 
 FLOOR = -88.0
-_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
@@ -84,8 +82,8 @@ class Sums:
 
 def fold(tile: Tile, into: Sums) -> None:
     """Takes a tile into what is known of its rows."""
-    if _in_c(tile.logits):
-        _call("head_fold", tile, list(vars(into).values()))
+    if fits(tile.logits.dtype, tile.logits.dtype, tile.logits.device):
+        call(*_arguments("head_fold", tile), *vars(into).values())
         return
     x = _scaled(tile)
     largest = torch.maximum(into.largest, x.amax(1))
@@ -116,8 +114,8 @@ def gradient(
 
     `log_total`, a, b, c and d are [R], `minus` [R, W]; `out` may be the logits themselves.
     """
-    if minus is None and _in_c(tile.logits):
-        _call("head_gradient", tile, [log_total, a, b, c, d, out], c_long(out.stride(0)))
+    if minus is None and fits(tile.logits.dtype, tile.logits.dtype, tile.logits.device):
+        call(*_arguments("head_gradient", tile), log_total, a, b, c, d, out.data_ptr(), out.stride(0))
         return
     log_p = _scaled(tile).sub_(log_total[:, None]).clamp_(min=FLOOR)
     p = log_p.exp()
@@ -140,17 +138,18 @@ def _chosen(tile: Tile) -> tuple[Tensor, Tensor]:
     return at.clamp(0, width - 1)[:, None], (at >= 0) & (at < width)
 
 
-def _in_c(logits: Tensor) -> bool:
-    return logits.device.type == "cpu" and logits.dtype in _SUFFIX and library() is not None
+def _arguments(name: str, tile: Tile) -> tuple[Any, ...]:
+    """What both functions in C take, their name first. A tile's rows need not lie side by side."""
+    logits = tile.logits
+    sizes = (*logits.shape, logits.stride(0), tile.first, tile.scale)
+    return f"{name}_{SUFFIX[logits.dtype]}", *sizes, logits.data_ptr(), tile.tokens
 
 
-def _call(name: str, tile: Tile, tensors: Sequence[Tensor], *more: c_long) -> None:
-    function = getattr(library(), f"{name}_{_SUFFIX[tile.logits.dtype]}")
-    sizes = (*tile.logits.shape, tile.logits.stride(0), tile.first)
-    pointers = (tile.logits, tile.tokens, *tensors)
-    function(
-        *(c_long(size) for size in sizes),
-        c_float(tile.scale),
-        *(c_void_p(x.data_ptr()) for x in pointers),
-        *more,
-    )
+def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row of `logits` [B, V] float32 with one uniform each [B] float64, and its log-prob."""
+    logits, tokens = logits.contiguous(), torch.empty(len(logits), dtype=torch.long)
+    call("draw", *logits.shape, logits, 1 / temperature, uniforms.contiguous(), tokens)
+    # By the function of training, so that it says the same, bit for bit.
+    sums = Sums.nothing_yet(len(tokens), torch.float32, logits.device)
+    fold(Tile(logits, 0, tokens, 1 / temperature), sums)
+    return tokens, sums.chosen - sums.log_total

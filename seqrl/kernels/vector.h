@@ -6,6 +6,9 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#if defined(__x86_64__) && !defined(__FMA__)
+#error "this processor has no fused multiply-add, without which torch's own operations are faster"
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -76,6 +76,7 @@ class Weights:
     lm_head: Linear
     turn: Turn
     """How projections become queries and keys."""
+    vocabulary: int
     checkpointing: bool
     """Layers are run again for the gradient instead of keeping what they made."""
 
@@ -177,6 +178,7 @@ def read_weights(model: Any, dtype: torch.dtype, *, length: int, pack: bool = Fa
         norm=norm(inner.norm),
         lm_head=linear_of(model.lm_head),
         turn=_turn(model, length),
+        vocabulary=model.lm_head.weight.shape[0],
         checkpointing=bool(model.is_gradient_checkpointing and model.training),
     )
 

@@ -66,8 +66,9 @@ class DecodingEngine(ABC):
         self.eos_ids = end_of_sequence_ids(model, tokenizer)
 
     @abstractmethod
-    def _decoder(self, rows: int, prompt_length: int, new_tokens: int) -> Decoder:
-        """A decoder of at most so many rows at once, of prompts and responses of at most so many tokens."""
+    def _decoder(self, rows: int, prompts: int, prompt_length: int, new_tokens: int) -> Decoder:
+        """A decoder of at most so many rows at once, of so many prompts in all, and of prompts and responses
+        of at most so many tokens."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, policy_version: int
@@ -115,7 +116,7 @@ class DecodingEngine(ABC):
         waiting = [Request(i, j) for i in order for j in range(sampling.n)]
         capacity = min(self.max_num_seqs, len(waiting))
         longest = len(prompts[order[-1]].tokens)
-        decoder = self._decoder(capacity, longest, sampling.max_new_tokens)
+        decoder = self._decoder(capacity, len(prompts), longest, sampling.max_new_tokens)
         rows = DecodedRows(self.model.device, self.eos_ids, sampling, capacity)
         done: dict[Request, Response] = {}
         logits: Tensor | None = None

@@ -10,6 +10,7 @@ Shape legend: B rows, T tokens, Q and K query and key heads, D head size, P prom
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,54 +24,89 @@ from seqrl.rollout.padded import PaddedDecoder
 
 _PREFILL_TOKENS = 8192
 """Prompt tokens in one forward pass; bounds the memory of its activations."""
+_FIRST_COLUMNS = 128
+"""Columns of a response that there is room for at first; twice as many whenever one needs more."""
 
 
 class NativeEngine(DecodingEngine):
     """A `RolloutEngine` for the models `why_unreadable` has nothing against."""
 
-    def _decoder(self, rows: int, prompt_length: int, new_tokens: int) -> Decoder:
+    def _decoder(self, rows: int, prompts: int, prompt_length: int, new_tokens: int) -> Decoder:
         w = read_weights(self.model, self.dtype, length=prompt_length + new_tokens, pack=True)
         stream = w.embedding
         if fits(stream.dtype, self.dtype, stream.device, stream.shape[1], w.turn.size // 2):
-            return CachedDecoder(w, rows, prompt_length, new_tokens)
+            return CachedDecoder(w, rows, prompts, prompt_length, new_tokens)
         return PaddedDecoder(w)
 
 
+class Latest(NamedTuple):
+    """The prompt that was read last; more responses to it may be waiting for a place."""
+
+    tokens: tuple[int, ...]
+    place: int
+    logits: Tensor
+    """[1, V], that follow it."""
+
+
 class CachedDecoder:
-    """Decoding of at most `rows` rows at once, of prompts and responses of at most so many tokens."""
+    """Decoding of at most `rows` rows at once, of so many prompts, and of prompts and responses of at most so
+    many tokens."""
 
     joins = True
 
-    def __init__(self, weights: Weights, rows: int, prompt_length: int, new_tokens: int) -> None:
+    def __init__(
+        self, weights: Weights, rows: int, prompts: int, prompt_length: int, new_tokens: int
+    ) -> None:
         self.weights = weights
+        self.new_tokens = new_tokens
+        places = min(prompts, rows + 1)  # those of the rows, and the latest
 
-        def caches(columns: int) -> list[Cache]:
-            sizes = (rows, columns, weights.turn.kv_heads, weights.turn.size, weights.dtype)
+        def caches(slots: int, columns: int) -> list[Cache]:
+            sizes = (slots, columns, weights.turn.kv_heads, weights.turn.size, weights.dtype)
             return [Cache.of(*sizes) for _ in weights.layers]
 
-        self.prompts, self.own = caches(prompt_length), caches(new_tokens)
-        self.prompt_columns = torch.zeros(rows, dtype=torch.long)
+        self.prompts, self.own = caches(places, prompt_length), caches(rows, min(new_tokens, _FIRST_COLUMNS))
+        self.prompt_columns = torch.zeros(places, dtype=torch.long)
         """Of each prompt in `prompts`."""
-        self.free_prompts, self.free = list(range(rows)), list(range(rows))
+        self.free_prompts, self.free = list(range(places)), list(range(rows))
+        self.latest: Latest | None = None
         self.prompt = self.slot = self.columns = torch.empty(0, dtype=torch.long)
         """[B]: where each row's prompt lies, where its own columns lie, and how many it has of these."""
 
     def admit(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
-        """See `Decoder.admit`."""
-        places, self.free_prompts = self.free_prompts[: len(prompts)], self.free_prompts[len(prompts) :]
-        place, lengths = torch.tensor(places), torch.tensor([len(prompt) for prompt in prompts])
-        self.prompt_columns[place] = lengths
-        parts = (lengths.cumsum(0) - 1) // _PREFILL_TOKENS
-        logits = []
-        for part in parts.unique():
-            chosen = (parts == part).nonzero()[:, 0]
-            logits.append(self._prefill([prompts[i] for i in chosen.tolist()], place[chosen]))
+        """See `Decoder.admit`. A prompt whose responses do not all join at once is read once all the same."""
+        known = self.latest if self.latest is not None and self.latest.tokens == prompts[0] else None
+        place, logits = self._read(prompts if known is None else prompts[1:])
+        if known is not None:
+            place, logits = torch.cat([torch.tensor([known.place]), place]), torch.cat([known.logits, logits])
+        before = self.latest
+        self.latest = Latest(prompts[-1], int(place[-1]), logits[-1:].clone())
         each = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
         slots, self.free = self.free[: len(each)], self.free[len(each) :]
         self.prompt = torch.cat([self.prompt, place[each]])
         self.slot = torch.cat([self.slot, torch.tensor(slots)])
         self.columns = torch.cat([self.columns, torch.zeros_like(each)])
-        return torch.cat(logits)[each]
+        if before is not None:
+            self._free_prompts({before.place})
+        return logits[each]
+
+    def _free_prompts(self, places: set[int]) -> None:
+        """Gives back those of `places` that no row looks at and no response may join."""
+        held = set(self.prompt.tolist()) | ({self.latest.place} if self.latest is not None else set())
+        self.free_prompts += places - held
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """The places [P] that these prompts get, and the logits [P, V] that follow them."""
+        places, self.free_prompts = self.free_prompts[: len(prompts)], self.free_prompts[len(prompts) :]
+        place = torch.tensor(places, dtype=torch.long)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
+        self.prompt_columns[place] = lengths
+        parts = (lengths.cumsum(0) - 1) // _PREFILL_TOKENS
+        logits = [self.weights.embedding.new_empty(0, self.weights.vocabulary, dtype=self.weights.dtype)]
+        for part in parts.unique():
+            chosen = (parts == part).nonzero()[:, 0]
+            logits.append(self._prefill([prompts[i] for i in chosen.tolist()], place[chosen]))
+        return place, torch.cat(logits)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]], place: Tensor) -> Tensor:
         """Reads prompts into their places [P]. Logits [P, V] after their last tokens."""
@@ -94,6 +130,9 @@ class CachedDecoder:
         """See `Decoder.step`."""
         positions, columns = self.prompt_columns[self.prompt] + self.columns, self.columns + 1
         rows = len(tokens)
+        if int(columns.max()) > self.own[0].columns:
+            for own in self.own:
+                own.grow(min(2 * own.columns, self.new_tokens))
         tokens, positions = _filled_up(tokens), _filled_up(positions)
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
@@ -110,10 +149,10 @@ class CachedDecoder:
 
     def keep(self, rows: Tensor) -> None:
         """See `Decoder.keep`."""
-        before = set(self.prompt.tolist()), set(self.slot.tolist())
+        prompts, slots = set(self.prompt.tolist()), set(self.slot.tolist())
         self.prompt, self.slot, self.columns = self.prompt[rows], self.slot[rows], self.columns[rows]
-        self.free_prompts += before[0] - set(self.prompt.tolist())
-        self.free += before[1] - set(self.slot.tolist())
+        self._free_prompts(prompts)
+        self.free += slots - set(self.slot.tolist())
 
 
 def _filled_up(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from seqrl.rollout.decoding import DecodingEngine
 class TransformersEngine(DecodingEngine):
     """A `RolloutEngine` for a model without native decoding."""
 
-    def _decoder(self, rows: int, prompt_length: int, new_tokens: int) -> TransformersDecoder:
+    def _decoder(self, rows: int, prompts: int, prompt_length: int, new_tokens: int) -> TransformersDecoder:
         return TransformersDecoder(self.model, self.dtype)
 
 

@@ -67,8 +67,6 @@ class Trainer:
         self.objective = self.controllers.objective()
         self.step = 0
         """Finished steps."""
-        self._agreeing = True
-        """Rollout and training engine have never differed, in this process."""
         self._untried = True
         """No step was taken in this process."""
         self._batch: Batch | None = None
@@ -183,18 +181,19 @@ class Trainer:
         by; and the sum of squared probabilities [T] where it is needed.
 
         Where the two engines say the same of some responses, bit for bit, the rollout's are taken for all.
+        Each step decides for itself, so that a resumed run decides likewise.
         """
         taken = replace(batch, old_logprobs=batch.rollout_logprobs)
         if self.advantages.needs_sum_pi_squared:
             logprobs, squares = self.training.logprobs_and_sum_pi_squared(batch)
             computed = replace(batch, old_logprobs=logprobs)
             return taken if self._bypasses else computed, computed, squares
-        if self._bypasses or self._agreeing:
-            probe = batch.select(_spread(len(batch), PROBED_FOR_MISMATCH))
-            probe = replace(probe, old_logprobs=self.training.logprobs(probe))
-            self._agreeing = self._agreeing and _is_equal(probe)
-            if self._bypasses or self._agreeing:
-                return taken, probe, None
+        probe = batch.select(_spread(len(batch), PROBED_FOR_MISMATCH))
+        probe = replace(probe, old_logprobs=self.training.logprobs(probe))
+        if self._bypasses or _is_equal(probe):
+            return taken, probe, None
+        if len(probe) == len(batch):
+            return probe, probe, None
         computed = replace(batch, old_logprobs=self.training.logprobs(batch))
         return computed, computed, None
 
@@ -205,7 +204,7 @@ class Trainer:
         probe = measured.select(_spread(len(measured), min(PROBED_FOR_NOISE, (len(measured) + 1) // 2)))
         again = self.training.logprobs(probe)
         report_noise(measured, probe, again, self.config, say)
-        if self._agreeing and not self._bypasses:
+        if batch.old_logprobs is batch.rollout_logprobs and not self._bypasses:
             say("old log-probs: the rollout's, as long as the training engine says the same, bit for bit")
         if self.config.trainer.self_test:
             check_splits(probe, again, actor)

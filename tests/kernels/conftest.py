@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from seqrl.kernels import library, ops
+from seqrl.kernels import call, library
 
 
 @pytest.fixture(params=["C", "torch"])
 def in_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Twice: with the C, and with torch's own operations in its place."""
     if request.param == "torch":
-        monkeypatch.setattr(ops, "library", lambda: None)
+        monkeypatch.setattr(call, "library", lambda: None)
     elif library() is None:
         pytest.skip("no C compiler here")
     return request.param == "C"

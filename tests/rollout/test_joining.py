@@ -25,6 +25,7 @@ class Watched(CachedDecoder):
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
         self.capacity, self.steps, self.admitted = sizes[1], list[int](), list[int]()
+        self.read: list[tuple[int, ...]] = []
 
     def admit(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
         self.admitted.append(sum(copies))
@@ -32,6 +33,10 @@ class Watched(CachedDecoder):
         self.check()
         assert len(logits) == sum(copies)
         return logits
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], place: Tensor) -> Tensor:
+        self.read += prompts
+        return super()._prefill(prompts, place)
 
     def step(self, tokens: Tensor) -> Tensor:
         assert len(tokens) == len(self.slot) > 0, "no step runs for nobody"
@@ -43,19 +48,19 @@ class Watched(CachedDecoder):
         self.check()
 
     def check(self) -> None:
-        places = list(range(self.capacity))
-        assert sorted([*self.free, *self.slot.tolist()]) == places
-        assert sorted([*self.free_prompts, *set(self.prompt.tolist())]) == places
+        assert sorted([*self.free, *self.slot.tolist()]) == list(range(self.capacity))
+        assert self.latest is not None
+        held = {self.latest.place, *self.prompt.tolist()}
+        assert sorted([*self.free_prompts, *held]) == list(range(len(self.prompt_columns)))
 
 
 class WatchedEngine(NativeEngine):
     decoder: Watched
 
-    def _decoder(self, rows: int, prompt_length: int, new_tokens: int) -> Watched:
-        assert isinstance(super()._decoder(1, 1, 1), CachedDecoder)
-        made = super()._decoder(rows, prompt_length, new_tokens)
+    def _decoder(self, rows: int, prompts: int, prompt_length: int, new_tokens: int) -> Watched:
+        made = super()._decoder(rows, prompts, prompt_length, new_tokens)
         assert isinstance(made, CachedDecoder)
-        self.decoder = Watched(made.weights, rows, prompt_length, new_tokens)
+        self.decoder = Watched(made.weights, rows, prompts, prompt_length, new_tokens)
         return self.decoder
 
 
@@ -90,6 +95,9 @@ def test_few_places_give_the_same_responses(name: str, places: int) -> None:
     apart, decoder = made_by(model, prompts, sampling, places)
     alike(together, apart)
     assert decoder.capacity == places and max(decoder.steps) <= places
+    in_order = sorted((prompt.tokens for prompt in prompts), key=len)
+    assert [len(prompt) for prompt in decoder.read] == [len(prompt) for prompt in in_order], "each once"
+    assert set(decoder.read) == set(in_order)
 
 
 def test_places_are_taken_at_once() -> None:
@@ -119,7 +127,7 @@ def test_all_end_at_once_and_others_follow() -> None:
     alike(together, waves)
     assert decoder.admitted == [5, 5, 2]
     assert decoder.steps == [5] * 10 + [2] * 5
-    assert sorted(decoder.free) == sorted(decoder.free_prompts) == list(range(5))
+    assert sorted(decoder.free) == list(range(5)) and len(decoder.free_prompts) == 5
 
 
 def test_one_token_each() -> None:
@@ -145,3 +153,15 @@ def test_caches_of_every_size_of_head() -> None:
         model, prompts = talkative(name, **changes), make_prompts(LENGTHS)
         sampling = SamplingParams(max_new_tokens=20, n=3)
         alike(made_by(model, prompts, sampling, 64)[0], made_by(model, prompts, sampling, 4)[0])
+
+
+def test_room_for_responses_grows_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = talkative("qwen3/32", eos_token_id=60), make_prompts(LENGTHS)
+    sampling = SamplingParams(max_new_tokens=70, n=3)
+    at_once, roomy = made_by(model, prompts, sampling, 8)
+    monkeypatch.setattr("seqrl.rollout.native._FIRST_COLUMNS", 16)
+    grown, decoder = made_by(model, prompts, sampling, 8)
+    assert [r.tokens.tolist() for r in at_once] == [r.tokens.tolist() for r in grown]
+    longest = max(len(r.tokens) for r in grown)
+    assert longest > 32 and roomy.own[0].columns == 80
+    assert longest - 1 <= decoder.own[0].columns < 2 * longest

@@ -28,7 +28,7 @@ def rollouts(
     engine = make_engine(model, FakeTokenizer(), max_num_seqs=more.pop("max_num_seqs", 64), dtype=dtype)
     if isinstance(engine, NativeEngine):
         wide = model.model.layers[0].self_attn.head_dim % 32 == 0 and library() is not None
-        assert isinstance(engine._decoder(1, 1, 1), CachedDecoder if wide else PaddedDecoder)
+        assert isinstance(engine._decoder(1, 1, 1, 1), CachedDecoder if wide else PaddedDecoder)
     return engine.generate(more.pop("prompts", make_prompts(lengths)), sampling, seed=3, policy_version=7)
 
 

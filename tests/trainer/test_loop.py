@@ -201,16 +201,17 @@ def test_metrics_of_a_step(make_run: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("apart", "asked_for"), [(0.0, [2, 1, 2, 2, 2, 2]), (1e-6, [2, 8, 4, 8, 8, 8, 8]), (torch.nan, None)]
+    ("apart", "asked_for"),
+    [(0.0, [2, 1, 2, 2, 2, 2]), (1e-6, [2, 8, 4, *[2, 8] * 4]), (torch.nan, [2, 8, 4, *[2, 8] * 4])],
 )
 def test_old_logprobs_are_the_rollouts_where_the_engines_agree_bit_for_bit(
     make_run: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     apart: float,
-    asked_for: list[int] | None,
+    asked_for: list[int],
 ) -> None:
     """The fake policy says -1 of every token. Responses whose log-probs it is asked for: of a step's eight
-    a probe of two; all, once and for ever, after they differed; and once some for the noise floor."""
+    a probe of two, then all where these differed; and once some for the noise floor."""
     monkeypatch.setattr(loop, "PROBED_FOR_MISMATCH", 2)
     run = make_run(trainer__val_before_train=False)
     run.trainer.rollout.logprob += apart
@@ -222,6 +223,6 @@ def test_old_logprobs_are_the_rollouts_where_the_engines_agree_bit_for_bit(
 
     monkeypatch.setattr(run.training, "logprobs", counted)
     run.fit()
-    assert asked == (asked_for or [2, 8, 4, 8, 8, 8, 8])
+    assert asked == asked_for
     for part in run.diary.mini_batches:
         assert part.old_logprobs[part.response_mask].unique().tolist() == [-1.0]

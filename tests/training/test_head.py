@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import seqrl.kernels.head
+import seqrl.kernels.call
 import seqrl.training.head
 from seqrl.kernels import library
 from seqrl.kernels.head import Sums, Tile, fold, gradient
@@ -27,7 +27,7 @@ AT_ONCE, IN_TILES = 2**25, 37 * 200
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the C kernels and with torch's own operations in their place."""
     if request.param == "torch":
-        monkeypatch.setattr(seqrl.kernels.head, "library", lambda: None)
+        monkeypatch.setattr(seqrl.kernels.call, "library", lambda: None)
     elif library() is None:
         pytest.skip("no C compiler")
 
@@ -268,8 +268,8 @@ def test_c_and_torch_make_the_same_of_a_tile(
     logits = 30 * torch.randn(R, width + 7, generator=generator).to(dtype)
     tokens = torch.randint(90, 100 + width, (R,), generator=generator)
     ends = []
-    for loaded in (seqrl.kernels.head.library, lambda: None):
-        monkeypatch.setattr(seqrl.kernels.head, "library", loaded)
+    for loaded in (seqrl.kernels.call.library, lambda: None):
+        monkeypatch.setattr(seqrl.kernels.call, "library", loaded)
         sums = Sums.nothing_yet(R, torch.float32, logits.device)
         fold(Tile(logits[:, :7].clone(), 0, tokens, 0.5), sums)
         tile = Tile(logits[:, 7:].clone(), 100, tokens, 0.5)

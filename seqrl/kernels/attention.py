@@ -1,0 +1,234 @@
+"""Queries and keys, and causal attention over flat tokens: of training, with its gradient, and of decoding.
+
+In C where it `fits`; for what else there is, `turned` has torch's own operations, and the caller attends.
+
+Shape legend: T tokens, B rows, Q and K query and key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from seqrl.kernels.call import LANES, SUFFIX, call, fits, types_of
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the projections of a layer become queries and keys: normed by head where there are weights, and
+    turned by position (RoPE, arXiv 2104.09864). cos, sin: [positions, D / 2] float32."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    cos: Tensor
+    sin: Tensor
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Which tokens of a flat row a sequence sees: some that are computed for it by another, then its own,
+    each of those up to itself. All [N] int64."""
+
+    shared: Tensor
+    shared_columns: Tensor
+    own: Tensor
+    own_columns: Tensor
+
+
+def turned(
+    qkv: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [T, Q, D], k [T, K, D] and v [T, K, D] (a view) of `qkv` [T, (Q + 2K) D] at `positions` [T].
+
+    With a gradient where there is no C for it alone; where there is, `self_attention` has one.
+    """
+    rows = qkv.view(len(qkv), turn.heads + 2 * turn.kv_heads, turn.size)
+    v = rows[:, turn.heads + turn.kv_heads :]
+    stream = qkv.dtype if q_weight is None else q_weight.dtype
+    if not fits(stream, qkv.dtype, qkv.device, turn.size // 2):
+        return *_turned_by_torch(rows, positions, turn, q_weight, k_weight), v
+    q = qkv.new_empty(len(qkv), turn.heads, turn.size)
+    k = qkv.new_empty(len(qkv), turn.kv_heads, turn.size)
+    call(*_turn_arguments("turn", qkv, positions, turn, q_weight, k_weight), q, k, None, None, None)
+    return q, k, v
+
+
+def _turn_arguments(
+    name: str, qkv: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Any, ...]:
+    """What `turn` and its gradient in C both take, their name first."""
+    stream = qkv.dtype if q_weight is None else q_weight.dtype
+    sizes = (len(qkv), turn.heads, turn.kv_heads, turn.size)
+    weights = (q_weight, k_weight, turn.eps)
+    return f"{name}_{types_of(stream, qkv.dtype)}", *sizes, qkv, *weights, turn.cos, turn.sin, positions
+
+
+def _turned_wide(
+    qkv: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of `turned` as float32, in C."""
+    sizes = (turn.heads, turn.kv_heads, turn.kv_heads)
+    q, k, v = (torch.empty(len(qkv), heads, turn.size) for heads in sizes)
+    call(*_turn_arguments("turn", qkv, positions, turn, q_weight, k_weight), None, None, q, k, v)
+    return q, k, v
+
+
+def _turned_by_torch(
+    rows: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    q, k = rows[:, : turn.heads], rows[:, turn.heads : turn.heads + turn.kv_heads]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    cos, sin = (table[positions][:, None].to(wide) for table in (turn.cos, turn.sin))  # [T, 1, D / 2]
+
+    def one(x: Tensor, weight: Tensor | None) -> Tensor:
+        x = x.to(wide)
+        if weight is not None:
+            x = F.rms_norm(x, (turn.size,), eps=turn.eps) * weight
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(rows.dtype)
+
+    return one(q, q_weight), one(k, k_weight)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    """Causal attention in C (see `fits`), without gradient: [T, Q, D] in q's type, and the log-sum-exp of
+    the scores [T, Q] float32; 0 for tokens of no sequence."""
+    dtype, (tokens, heads, _) = q.dtype, q.shape
+    q, k, v = (x.float().contiguous() for x in (q, k, v))
+    out, lse = torch.zeros_like(q), q.new_zeros(tokens, heads)
+    call("attend_forward", *_of_spans(spans, q, k, v), out, lse)
+    return out.to(dtype), lse
+
+
+def _of_spans(spans: Spans, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    for first, columns in ((spans.shared, spans.shared_columns), (spans.own, spans.own_columns)):
+        assert not len(first) or int((first + columns).max()) <= len(q), "a span ends behind the last token"
+    sizes = (len(spans.own), q.shape[1], k.shape[1], q.shape[2])
+    return *sizes, q, k, v, spans.shared, spans.shared_columns, spans.own, spans.own_columns
+
+
+class _SelfAttention(torch.autograd.Function):
+    """Keeps the projections and the output; queries and keys are made again for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        positions: Tensor,
+        turn: Turn,
+        spans: Spans,
+    ) -> Tensor:
+        out, lse = attend(*_turned_wide(qkv, positions, turn, q_weight, k_weight), spans)
+        out = out.to(qkv.dtype)
+        ctx.save_for_backward(qkv, q_weight, k_weight, positions, out, lse)
+        ctx.turn, ctx.spans = turn, spans
+        return out.flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_weight, k_weight, positions, out, lse = ctx.saved_tensors
+        turn, threads = ctx.turn, torch.get_num_threads()
+        q, k, v = _turned_wide(qkv, positions, turn, q_weight, k_weight)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        call(
+            "attend_backward",
+            *(*_of_spans(ctx.spans, q, k, v), out.float(), lse, grad.float().contiguous()),
+            *(torch.empty_like(lse), len(q), dq, dk, dv),
+        )
+        dqkv = torch.empty_like(qkv)
+        dweights = torch.zeros(2, threads, turn.size)
+        call(
+            *_turn_arguments("turn_backward", qkv, positions, turn, q_weight, k_weight),
+            *(dq, dk, dv, dqkv, dweights[0], dweights[1], threads),
+        )
+        if q_weight is None:
+            return dqkv, None, None, None, None, None
+        dq_weight, dk_weight = dweights.sum(1).to(q_weight.dtype)
+        return dqkv, dq_weight, dk_weight, None, None, None
+
+
+def self_attention(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    positions: Tensor,
+    turn: Turn,
+    spans: Spans,
+) -> Tensor:
+    """Causal attention of `qkv` [T, (Q + 2K) D] in C (see `fits`): [T, Q D]."""
+    if torch.is_grad_enabled():
+        return _SelfAttention.apply(qkv, q_weight, k_weight, positions, turn, spans)
+    return attend(*_turned_wide(qkv, positions, turn, q_weight, k_weight), spans)[0].to(qkv.dtype).flatten(1)
+
+
+@dataclass
+class Cache:
+    """Keys and values of rows that grow, of one layer. `keys` [slots, K, blocks, D, 16], a block being 16
+    columns side by side; `values` [slots, K, 16 blocks, D]. Untouched columns take no memory."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, slots: int, columns: int, kv_heads: int, size: int, dtype: torch.dtype) -> Cache:
+        blocks = -(-columns // LANES)
+        return cls(
+            torch.empty(slots, kv_heads, blocks, size, LANES, dtype=dtype),
+            torch.empty(slots, kv_heads, blocks * LANES, size, dtype=dtype),
+        )
+
+    @property
+    def columns(self) -> int:
+        """Of each row that there is room for."""
+        return self.values.shape[2]
+
+    def grow(self, columns: int) -> None:
+        """Makes room for so many columns of each row."""
+        slots, kv_heads, filled, size = self.values.shape
+        larger = Cache.of(slots, columns, kv_heads, size, self.values.dtype)
+        larger.keys[:, :, : filled // LANES], larger.values[:, :, :filled] = self.keys, self.values
+        self.keys, self.values = larger.keys, larger.values
+
+    def append(self, k: Tensor, v: Tensor, slot: Tensor, column: Tensor) -> None:
+        """Puts the key and value of each token, [T, K, D], into `column` of `slot`, both [T] int64; tokens
+        beyond these two are left out."""
+        (_, kv_heads, size), tokens = k.shape, len(slot)
+        call(
+            f"append_{SUFFIX[k.dtype]}",
+            *(tokens, kv_heads, size, self.keys.shape[2], k, v.data_ptr(), v.stride(0)),
+            *(self.keys, self.values, slot, column),
+        )
+
+
+def attend_cached(
+    q: Tensor,
+    prompts: Cache,
+    prompt: Tensor,
+    prompt_columns: Tensor,
+    own: Cache,
+    slot: Tensor,
+    own_columns: Tensor,
+) -> Tensor:
+    """One query a row, `q` [B, Q, D], over the columns of its prompt and then its own: [B, Q D].
+
+    There may be more rows than `slot` has, which get 0. Row r has the prompt in slot `prompt[r]` of
+    `prompts`, of `prompt_columns[prompt[r]]` columns, and `own_columns[r]` in slot `slot[r]` of `own`.
+    """
+    out = torch.zeros_like(q)
+    call(
+        f"attend_cached_{SUFFIX[q.dtype]}",
+        *(len(slot), q.shape[1], own.keys.shape[1], q.shape[2], q),
+        *(prompts.keys, prompts.values, prompts.keys.shape[2], prompt, prompt_columns),
+        *(own.keys, own.values, own.keys.shape[2], slot, own_columns, out),
+    )
+    return out.flatten(1)

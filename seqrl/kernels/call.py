@@ -1,0 +1,45 @@
+"""Calling the C functions with tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqrl.kernels.build import library
+
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+"""Of the functions for a storage type."""
+LANES = 16
+"""Numbers of a vector."""
+
+
+def fits(stream: torch.dtype, compute: torch.dtype, device: torch.device, *widths: int) -> bool:
+    """Whether there is C for a residual stream and products of these types and rows of these widths."""
+    return (
+        device.type == "cpu"
+        and compute in SUFFIX
+        and stream in (torch.float32, compute)
+        and all(width % LANES == 0 for width in widths)
+        and library() is not None
+    )
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Calls the C function with tensors as pointers. Raises MemoryError where it found none."""
+    loaded = library()
+    assert loaded is not None, "asked without a look at `fits`"
+    said = [_address(x) if isinstance(x, Tensor) else x for x in arguments]
+    if getattr(loaded, name)(*said):
+        raise MemoryError(f"{name}: no memory for scratch space")
+
+
+def _address(x: Tensor) -> int:
+    assert x.is_contiguous(), "the C reads numbers side by side"
+    return x.data_ptr()
+
+
+def types_of(stream: torch.dtype, compute: torch.dtype) -> str:
+    """The end of the name of a function for both."""
+    return f"{SUFFIX[stream]}_{SUFFIX[compute]}"
