@@ -11,7 +11,6 @@ from seqrl.kernels.experts import (
     PackedExperts,
     combined,
     combined_backward,
-    expert_products,
     expert_products_backward,
 )
 from seqrl.kernels.head import draw
@@ -29,7 +28,6 @@ __all__ = [
     "combined",
     "combined_backward",
     "draw",
-    "expert_products",
     "expert_products_backward",
     "fits",
     "gated",

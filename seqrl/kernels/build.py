@@ -40,7 +40,9 @@ _OF_STORAGE = {
     "gate_backward": "ll ppp",
     "combine": "lll pppp",
     "combine_backward": "lll pppppp",
-    "expert_products": "lll pppp",
+    "expert_products": "lll ppppp",
+    "expert_backward_x": "lll pppp",
+    "expert_backward_w": "lll ppppp",
     "append": "llll pp l pppp",
     "attend_cached": "llll ppp l pppp l ppp",
     "head_fold": "llll f ppppppp",
@@ -55,24 +57,22 @@ ARGUMENTS = {
     **{f"{name}_{type_}": said for name, said in _OF_STORAGE.items() for type_ in ("f32", "bf16")},
     "attend_forward": "llll ppppppppp",
     "attend_backward": "llll ppppppppppp l ppp",
-    "expert_forward": "lll ppppp",
-    "expert_backward_x": "lll pppp",
-    "expert_backward_w": "lll ppppp",
+    "expert_pack": "lll pp",
     "draw": "ll p f pp",
 }
 """What each function takes, in order: l a long, f a float, p a pointer."""
-FAILING = {"attend_forward", "attend_backward", "attend_cached_f32", "attend_cached_bf16", "draw"} | {
-    "expert_forward",
-    "expert_backward_x",
-}
-"""Functions that need scratch memory, and give back 1 where there is none."""
+FAILING = ("attend", "draw", "expert_products", "expert_backward")
+"""How the names of functions begin that need scratch memory, and give back 1 where there is none."""
 SWITCH = "SEQRL_KERNELS"
 """Environment variable: `0` leaves the kernels out, for a look at what torch's own operations give."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are switched off or no compiler is there, which is told once."""
+    """The compiled kernels; None where they are switched off or no compiler is there, which is told once.
+
+    With them the process keeps memory that it has freed, see `_keep_memory`.
+    """
     if os.environ.get(SWITCH) == "0":
         return None
     try:
@@ -90,9 +90,18 @@ def library() -> ctypes.CDLL | None:
     for name, said in ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes = [kinds[letter] for letter in said.replace(" ", "")]
-        if name not in FAILING:
+        if not name.startswith(FAILING):
             function.restype = None
+    _keep_memory()
     return loaded
+
+
+def _keep_memory() -> None:
+    """Has the allocator reuse large blocks. glibc gives them back and gets them anew, page by page of zeros,
+    which takes longer than a gate or a norm takes to fill them. Other C libraries are left as they are."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(parameter, 2**31 - 1)
 
 
 def _compiled() -> Path:

@@ -1,112 +1,206 @@
 /* Mixture-of-experts layers: products of rows that are sorted by expert with the matrix of their expert, all
    experts in one call. Expert e has the rows up to ends[e], from where the expert before it ends.
 
-   y [rows, outs], w [experts, outs, ins], all float32; row r of x is x[token[r]] [ins], x[r] where token is NULL. */
-#include "products.h"
+   y [rows, outs], w [experts, outs, ins]; row r of x is x[token[r]] [ins], x[r] where token is NULL. Products
+   run over words of 32 bits: a float32, or a pair of bfloat16 that lie side by side in the direction in which
+   is added up. Sums are float32, and no sum depends on how many rows there are. ins and outs are multiples
+   of 32. */
+#include "vector.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __AVX512F__
+#define ROWS 8 /* of a tile, whose sums are held in registers; a tile has two vectors of columns */
+#else
+#define ROWS 4
+#endif
+#define STRIP (2 * LANES)
+#define CHUNK 128 /* rows that stay in the processor's cache while strips pass over them */
+
+typedef vu word;
+
+INLINE vf multiply(int pairs, word a, word b, vf sum) {
+    return pairs ? fused_pairs(a, b, sum) : fused((vf)a, (vf)b, sum);
+}
+
+INLINE word splat_word(uint32_t x) { return x - (word){0}; }
+INLINE uint32_t word_at(const void *p, long i) { return ((const uint32_t *)p)[i]; }
+INLINE word words_at(const void *p, long i) { return *(const word *)((const uint32_t *)p + i); }
+
+INLINE void store(int pairs, void *p, long i, vf x) {
+    if (pairs) store_bf16((bf16 *)p + i, x);
+    else store_f32((float *)p + i, x);
+}
+
+/* STRIP columns of `count` rows of m [.., width], taken from `first` on in the order of token where that is
+   given: out [count, STRIP], or [half of it, STRIP] pairs of rows, of which the last may lack its second. */
+INLINE void panel(int pairs, const void *m, const int64_t *token, long first, long count, long width, long column,
+                  uint32_t *out) {
+    for (long r = first; r < first + count; r += 1 + pairs, out += STRIP) {
+        long one = (token ? token[r] : r) * width + column;
+        for (long v = 0; v < STRIP && !pairs; v += LANES) *(word *)(out + v) = words_at(m, one + v);
+        if (!pairs) continue;
+        const bf16 *upper = (const bf16 *)m + one, *lower = upper;
+        int both = r + 1 < first + count;
+        if (both) lower = (const bf16 *)m + (token ? token[r + 1] : r + 1) * width + column;
+        for (long v = 0; v < STRIP; v += LANES) {
+            word w = __builtin_convertvector(*(const vh *)(upper + v), vu);
+            if (both) w |= __builtin_convertvector(*(const vh *)(lower + v), vu) << 16;
+            *(word *)(out + v) = w;
+        }
+    }
+}
 
 typedef struct {
-    long expert, first, count;
-} Block;
+    long expert, first, end; /* rows */
+} Chunk;
 
-/* Every expert's rows in blocks of at most 16. */
-static Block *blocks(long experts, const int64_t *ends, long *count) {
+static Chunk *chunks(long experts, const int64_t *ends, long *count) {
     long total = 0, at = 0;
-    for (long e = 0; e < experts; e++) total += (ends[e] - (e ? ends[e - 1] : 0) + LANES - 1) / LANES;
-    Block *result = malloc(sizeof(Block) * (total + 1));
+    for (long e = 0; e < experts; e++) total += (ends[e] - (e ? ends[e - 1] : 0) + CHUNK - 1) / CHUNK;
+    Chunk *result = malloc(sizeof(Chunk) * (total + 1));
     *count = total;
     if (!result) return NULL;
     for (long e = 0; e < experts; e++)
-        for (long r = e ? ends[e - 1] : 0; r < ends[e]; r += LANES)
-            result[at++] = (Block){e, r, ends[e] - r < LANES ? ends[e] - r : LANES};
+        for (long r = e ? ends[e - 1] : 0; r < ends[e]; r += CHUNK)
+            result[at++] = (Chunk){e, r, ends[e] - r < CHUNK ? ends[e] : r + CHUNK};
     return result;
 }
 
-/* y = x w^T: 16 rows in the lanes. Returns nonzero without memory. */
-int expert_forward(long experts, long ins, long outs, const float *x, const int64_t *token,
-                   const float *w, const int64_t *ends, float *y) {
-    long count;
-    Block *tasks = blocks(experts, ends, &count);
-    int failed = !tasks;
-#pragma omp parallel if (!failed)
-    {
-        vf *rows = failed ? NULL : aligned_alloc(64, (ins + outs) * sizeof(vf)), *out = rows + ins;
-        if (!rows) failed = 1;
-#pragma omp for schedule(dynamic, 1)
-        for (long t = 0; t < count; t++) {
-            if (!rows) continue;
-            long start[LANES];
-            for (long i = 0; i < LANES; i++) {
-                long row = tasks[t].first + (i < tasks[t].count ? i : tasks[t].count - 1);
-                start[i] = (token ? token[row] : row) * ins;
-            }
-            across(x, start, ins, 1, rows);
-            products(rows, w + tasks[t].expert * outs * ins, outs, ins, ins, out);
-            for (long i = 0; i < tasks[t].count; i++)
-                for (long o = 0; o < outs; o++) y[(tasks[t].first + i) * outs + o] = out[o][i];
+/* Adds to `rows` times two vectors of sums, over `steps` words: number d of x[i] lies d * x_stride words after
+   its first, the vectors of w d * w_stride words after the first two, which are `next` words apart. */
+INLINE void tile(int pairs, int rows, long steps, const uint32_t *const *x, long x_stride, const uint32_t *w,
+                 long w_stride, long next, vf sums[][2]) {
+    vf held[ROWS][2];
+    for (int i = 0; i < rows; i++) held[i][0] = sums[i][0], held[i][1] = sums[i][1];
+    for (long d = 0; d < steps; d++) {
+        word one = words_at(w, d * w_stride), two = words_at(w, d * w_stride + next);
+        for (int i = 0; i < rows; i++) {
+            word number = splat_word(x[i][d * x_stride]);
+            held[i][0] = multiply(pairs, one, number, held[i][0]);
+            held[i][1] = multiply(pairs, two, number, held[i][1]);
         }
-        free(rows);
     }
-    free(tasks);
-    return failed;
+    for (int i = 0; i < rows; i++) sums[i][0] = held[i][0], sums[i][1] = held[i][1];
 }
 
-/* dx = dy w: 16 inputs in the lanes. Returns nonzero without memory. */
-int expert_backward_x(long experts, long ins, long outs, const float *dy, const float *w, const int64_t *ends,
-                      float *dx) {
-    long count;
-    Block *tasks = blocks(experts, ends, &count);
-    if (!tasks) return 1;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (long t = 0; t < count; t++) {
-        const float *we = w + tasks[t].expert * outs * ins;
-        long end = tasks[t].first + tasks[t].count;
-        for (long i = 0; i < ins; i += LANES) {
-            long r = tasks[t].first;
-            for (; r + STEP <= end; r += STEP) {
-                vf sums[STEP] = {{0}};
-                for (long o = 0; o < outs; o++) {
-                    vf column = load_f32(we + o * ins + i);
-                    for (int s = 0; s < STEP; s++) sums[s] = fused(column, splat(dy[(r + s) * outs + o]), sums[s]);
-                }
-                for (int s = 0; s < STEP; s++) store_f32(dx + (r + s) * ins + i, sums[s]);
-            }
-            for (; r < end; r++) {
-                vf sum = {0};
-                for (long o = 0; o < outs; o++) sum = fused(load_f32(we + o * ins + i), splat(dy[r * outs + o]), sum);
-                store_f32(dx + r * ins + i, sum);
-            }
+/* STRIP columns of y [.., width] for the rows of a chunk: x times w, whose lanes are those columns. */
+INLINE void strip_of_rows(int pairs, Chunk c, long steps, const void *x, const int64_t *token, const uint32_t *w,
+                          long w_stride, long next, void *y, long width, long column) {
+    for (long r = c.first; r < c.end; r += ROWS) {
+        const uint32_t *row[ROWS];
+        vf sums[ROWS][2] = {{{0}}};
+        long count = c.end - r < ROWS ? c.end - r : ROWS;
+        for (long i = 0; i < ROWS; i++) { /* beyond the last of them it again */
+            long one = r + (i < count ? i : count - 1);
+            row[i] = (const uint32_t *)x + (token ? token[one] : one) * steps;
         }
+        if (count > ROWS / 2) tile(pairs, ROWS, steps, row, 1, w, w_stride, next, sums);
+        else if (count > 1) tile(pairs, ROWS / 2, steps, row, 1, w, w_stride, next, sums);
+        else tile(pairs, 1, steps, row, 1, w, w_stride, next, sums);
+        for (long i = 0; i < count; i++)
+            for (int v = 0; v < 2; v++) store(pairs, y, (r + i) * width + column + v * LANES, sums[i][v]);
+    }
+}
+
+/* y = x w^T, of w as `expert_pack` lays it out. Returns nonzero without memory. */
+INLINE int products(int pairs, long experts, long ins, long outs, const void *x, const int64_t *token, const void *w,
+                    const int64_t *ends, void *y) {
+    long count, strips = outs / STRIP, steps = ins / (1 + pairs), next = steps * LANES;
+    Chunk *tasks = chunks(experts, ends, &count);
+    if (!tasks) return 1;
+#pragma omp parallel for schedule(dynamic, 2)
+    for (long t = 0; t < count * strips; t++) {
+        Chunk c = tasks[t / strips];
+        const uint32_t *matrix = (const uint32_t *)w + (c.expert * strips + t % strips) * 2 * next;
+        strip_of_rows(pairs, c, steps, x, token, matrix, LANES, next, y, outs, t % strips * STRIP);
     }
     free(tasks);
     return 0;
 }
 
-/* sums[s] += over the rows from first to end: 32 inputs of x times output s of dy. */
-static inline void outer(long first, long end, const float *x, const int64_t *token, long ins, const float *dy,
-                         long outs, vf *sums, vf *more) {
-    vf a[STEP] = {{0}}, b[STEP] = {{0}};
-    for (long r = first; r < end; r++) {
-        const float *row = x + (token ? token[r] : r) * ins, *d = dy + r * outs;
-        vf one = load_f32(row), two = load_f32(row + LANES);
-        for (int s = 0; s < STEP; s++) a[s] = fused(one, splat(d[s]), a[s]), b[s] = fused(two, splat(d[s]), b[s]);
+/* dx = dy w. Returns nonzero without memory. */
+INLINE int products_backward_x(int pairs, long experts, long ins, long outs, const void *dy, const void *w,
+                               const int64_t *ends, void *dx) {
+    long count, strips = ins / STRIP, steps = outs / (1 + pairs);
+    Chunk *tasks = chunks(experts, ends, &count);
+    int failed = !tasks;
+#pragma omp parallel if (!failed)
+    {
+        uint32_t *columns = failed ? NULL : aligned_alloc(64, sizeof(uint32_t) * steps * STRIP);
+        if (!columns) failed = 1;
+#pragma omp for schedule(dynamic, 2)
+        for (long t = 0; t < count * strips; t++) {
+            if (!columns) continue;
+            Chunk c = tasks[t / strips];
+            long column = t % strips * STRIP;
+            panel(pairs, w, NULL, c.expert * outs, outs, ins, column, columns);
+            strip_of_rows(pairs, c, steps, dy, NULL, columns, STRIP, LANES, dx, ins, column);
+        }
+        free(columns);
     }
-    for (int s = 0; s < STEP; s++) sums[s] = a[s], more[s] = b[s];
+    free(tasks);
+    return failed;
 }
 
-/* dw = dy^T x: 32 inputs in the lanes of two vectors. ins is a multiple of 32, outs of 8. */
-void expert_backward_w(long experts, long ins, long outs, const float *dy, const float *x, const int64_t *token,
-                       const int64_t *ends, float *dw) {
-    long strips = outs / STEP;
-#pragma omp parallel for schedule(dynamic, 4)
-    for (long t = 0; t < experts * strips; t++) {
-        long e = t / strips, o = t % strips * STEP, first = e ? ends[e - 1] : 0;
-        for (long i = 0; i < ins; i += 2 * LANES) {
-            vf sums[STEP], more[STEP];
-            outer(first, ends[e], x + i, token, ins, dy + o, outs, sums, more);
-            for (int s = 0; s < STEP; s++) {
-                store_f32(dw + (e * outs + o + s) * ins + i, sums[s]);
-                store_f32(dw + (e * outs + o + s) * ins + i + LANES, more[s]);
+/* dw = dy^T x, STRIP outputs at a time. Returns nonzero without memory. */
+INLINE int products_backward_w(int pairs, long experts, long ins, long outs, const void *dy, const void *x,
+                               const int64_t *token, const int64_t *ends, void *dw) {
+    long strips = outs / STRIP;
+    int failed = 0;
+#pragma omp parallel
+    {
+        uint32_t of_y[CHUNK * STRIP], of_x[CHUNK * STRIP];
+        vf(*sums)[STRIP][2] = aligned_alloc(64, sizeof(vf) * 2 * ins); /* [ins / STRIP][STRIP] */
+        if (!sums) failed = 1;
+#pragma omp for schedule(dynamic, 1)
+        for (long t = 0; t < experts * strips; t++) {
+            if (!sums) continue;
+            long e = t / strips, output = t % strips * STRIP, first = e ? ends[e - 1] : 0;
+            memset(sums, 0, sizeof(vf) * 2 * ins);
+            for (long r = first; r < ends[e]; r += CHUNK) {
+                long count = ends[e] - r < CHUNK ? ends[e] - r : CHUNK;
+                panel(pairs, dy, NULL, r, count, outs, output, of_y);
+                for (long i = 0; i < ins; i += STRIP) {
+                    panel(pairs, x, token, r, count, ins, i, of_x);
+                    for (long o = 0; o < STRIP; o += ROWS) {
+                        const uint32_t *row[ROWS];
+                        for (long s = 0; s < ROWS; s++) row[s] = of_y + o + s;
+                        tile(pairs, ROWS, (count + pairs) / (1 + pairs), row, STRIP, of_x, STRIP, LANES,
+                             sums[i / STRIP] + o);
+                    }
+                }
             }
+            for (long i = 0; i < ins; i += LANES)
+                for (long o = 0; o < STRIP; o++)
+                    store(pairs, dw, (e * outs + output + o) * ins + i, sums[i / STRIP][o][i / LANES % 2]);
         }
+        free(sums);
     }
+    return failed;
 }
+
+/* w [matrices, outs, words] -> [matrices, outs / 16, words, 16], so that a vector has a word of 16 outputs. */
+void expert_pack(long matrices, long outs, long words, const uint32_t *w, uint32_t *packed) {
+#pragma omp parallel for schedule(static)
+    for (long block = 0; block < matrices * outs / LANES; block++)
+        for (long d = 0; d < words; d++)
+            for (long i = 0; i < LANES; i++)
+                packed[(block * words + d) * LANES + i] = w[(block * LANES + i) * words + d];
+}
+
+#define OF_TYPE(type, pairs)                                                                                    \
+    int expert_products_##type(long experts, long ins, long outs, const void *x, const int64_t *token,          \
+                               const void *w, const int64_t *ends, void *y) {                                   \
+        return products(pairs, experts, ins, outs, x, token, w, ends, y);                                       \
+    }                                                                                                           \
+    int expert_backward_x_##type(long experts, long ins, long outs, const void *dy, const void *w,              \
+                                 const int64_t *ends, void *dx) {                                               \
+        return products_backward_x(pairs, experts, ins, outs, dy, w, ends, dx);                                 \
+    }                                                                                                           \
+    void expert_backward_w_##type(long experts, long ins, long outs, const void *dy, const void *x,             \
+                                  const int64_t *token, const int64_t *ends, void *dw) {                        \
+        products_backward_w(pairs, experts, ins, outs, dy, x, token, ends, dw);                                 \
+    }
+
+OF_TYPE(f32, 0)
+OF_TYPE(bf16, 1)

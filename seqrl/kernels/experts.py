@@ -39,47 +39,53 @@ def combined_backward(x: Tensor, place: Tensor, weights: Tensor, grad: Tensor) -
     return dx, dweights
 
 
-def expert_products(x: Tensor, token: Tensor | None, weight: Tensor, ends: Tensor) -> Tensor:
-    """Row r of the result [P, out] is `x[token[r]]` (x[r] where that is None) times the transpose of its
-    expert's matrix in `weight` [E, out, in]. In C (see `fits`), without gradient.
+@dataclass(frozen=True)
+class PackedExperts:
+    """A matrix per expert, [E, out, in], laid out for its products. In C (see `fits`), without gradient."""
 
-    Expert e has the rows up to `ends[e]`, [E] int64, from where the expert before it ends.
-    """
-    experts, outs, ins = weight.shape
-    out = torch.empty(len(x) if token is None else len(token), outs)
-    call("expert_forward", experts, ins, outs, x.float(), token, weight.float(), ends, out)
-    return out.to(x.dtype)
+    weight: Tensor
+    """[E, out / 16, in, 16]; in bfloat16 [E, out / 16, in / 2, 16, 2]."""
+
+    @staticmethod
+    def fit(*matrices: Tensor) -> bool:
+        """Whether there is C for these, [E, out, in] each."""
+        return all(
+            fits(weight.dtype, weight.dtype, weight.device, *weight.shape[1:])
+            and all(width % (2 * LANES) == 0 for width in weight.shape[1:])
+            for weight in matrices
+        )
+
+    @classmethod
+    def of(cls, weight: Tensor) -> PackedExperts:
+        experts, outs, ins = weight.shape
+        pairs = (2,) if weight.dtype == torch.bfloat16 else ()
+        words = ins // 2 if pairs else ins
+        packed = weight.new_empty(experts, outs // LANES, words, LANES, *pairs)
+        call("expert_pack", experts, outs, words, weight.contiguous(), packed)
+        return cls(packed)
+
+    def __call__(self, x: Tensor, token: Tensor | None, ends: Tensor) -> Tensor:
+        """Row r of the result [P, out] is `x[token[r]]` (x[r] where that is None), of the matrices' type,
+        times the transpose of its expert's matrix.
+
+        Expert e has the rows up to `ends[e]`, [E] int64, from where the expert before it ends.
+        """
+        experts, blocks, words = self.weight.shape[:3]
+        ins, outs = words * self.weight[0, 0, 0, 0].numel(), blocks * LANES
+        out = x.new_empty(len(x) if token is None else len(token), outs)
+        name = f"expert_products_{SUFFIX[x.dtype]}"
+        call(name, experts, ins, outs, x.contiguous(), token, self.weight, ends, out)
+        return out
 
 
 def expert_products_backward(
     grad: Tensor, x: Tensor, token: Tensor | None, weight: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to the rows taken from `x`, [P, in], and to `weight`, given `grad` [P, out]."""
-    (experts, outs, ins), wide = weight.shape, grad.float()
-    dx, dweight = torch.empty(len(grad), ins), torch.empty(weight.shape)
-    call("expert_backward_x", experts, ins, outs, wide, weight.float(), ends, dx)
-    call("expert_backward_w", experts, ins, outs, wide, x.float(), token, ends, dweight)
-    return dx.to(x.dtype), dweight.to(weight.dtype)
-
-
-@dataclass(frozen=True)
-class PackedExperts:
-    """A matrix per expert, [E, out, in], laid out for `__call__`: [E, out / 16, in, 16]."""
-
-    weight: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor) -> PackedExperts:
-        experts, outs, ins = weight.shape
-        return cls(weight.view(experts, outs // LANES, LANES, ins).transpose(2, 3).contiguous())
-
-    def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Row r of `x` [P, in] times the transpose of its expert's matrix: [P, out] in the matrix's type.
-        Expert e has the rows up to `ends[e]`, [E] int64."""
-        experts, blocks, ins, _ = self.weight.shape
-        out = self.weight.new_empty(len(x), blocks * LANES)
-        call(
-            f"expert_products_{SUFFIX[self.weight.dtype]}",
-            *(experts, ins, blocks * LANES, x.float(), self.weight, ends, out),
-        )
-        return out
+    """Gradients with respect to the rows taken from `x`, [P, in], and to `weight` [E, out, in], given `grad`
+    [P, out], all of one type."""
+    experts, outs, ins = weight.shape
+    x, weight, suffix = x.contiguous(), weight.contiguous(), SUFFIX[x.dtype]
+    dx, dweight = x.new_empty(len(grad), ins), torch.empty_like(weight)
+    call(f"expert_backward_x_{suffix}", experts, ins, outs, grad, weight, ends, dx)
+    call(f"expert_backward_w_{suffix}", experts, ins, outs, grad, x, token, ends, dweight)
+    return dx, dweight

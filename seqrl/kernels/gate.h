@@ -51,31 +51,6 @@ void NAME(combine_backward)(long tokens, long k, long width, const C *x, const i
         }
 }
 
-/* Row r of x [rows, in] times the transpose of its expert's matrix [out, in], which lies as [out / 16, in, 16].
-   Expert e has the rows up to ends[e], from where the expert before it ends. y [rows, out]. */
-void NAME(expert_products)(long experts, long in, long outs, const float *x, const C *weight, const int64_t *ends,
-                           C *y) {
-#pragma omp parallel for schedule(dynamic, 4)
-    for (long task = 0; task < experts * (outs / LANES); task++) {
-        long e = task / (outs / LANES), b = task % (outs / LANES);
-        const C *w = weight + task * in * LANES;
-        long r = e ? ends[e - 1] : 0;
-        for (; r + 8 <= ends[e]; r += 8) {
-            vf sums[8] = {{0}};
-            for (long d = 0; d < in; d++) {
-                vf column = LOAD_C(w + d * LANES);
-                for (int i = 0; i < 8; i++) sums[i] = fused(column, splat(x[(r + i) * in + d]), sums[i]);
-            }
-            for (int i = 0; i < 8; i++) STORE_C(y + (r + i) * outs + b * LANES, sums[i]);
-        }
-        for (; r < ends[e]; r++) {
-            vf sum = {0};
-            for (long d = 0; d < in; d++) sum = fused(LOAD_C(w + d * LANES), splat(x[r * in + d]), sum);
-            STORE_C(y + r * outs + b * LANES, sum);
-        }
-    }
-}
-
 /* The cache of a row: keys in blocks of 16 columns, [slots, kv_heads, blocks, size, 16], so that one vector
    holds a number of 16 keys; values [slots, kv_heads, 16 blocks, size]. Puts the key and value of each token
    into column `at` of row `slot`. k [tokens, kv_heads, size]; a token's v starts every v_stride numbers. */

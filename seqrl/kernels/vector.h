@@ -50,6 +50,16 @@ static inline void store_bf16(bf16 *p, vf x) {
     *(vh *)p = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), vh);
 }
 
+/* Pairs of bfloat16, 16 in each: the products of the low halves and of the high ones, both added to c. */
+static inline vf fused_pairs(vu a, vu b, vf c) {
+#ifdef __AVX512BF16__
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+    c = fused((vf)(a << 16), (vf)(b << 16), c);
+    return fused((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), c);
+#endif
+}
+
 static inline float get_f32(const float *p) { return *p; }
 static inline void put_f32(float *p, float x) { *p = x; }
 

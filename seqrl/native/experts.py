@@ -20,9 +20,7 @@ from seqrl.kernels import (
     PackedExperts,
     combined,
     combined_backward,
-    expert_products,
     expert_products_backward,
-    fits,
     gated,
     gated_backward,
     linear,
@@ -63,10 +61,11 @@ def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down:
     place, token = place.view_as(chosen), order // chosen.shape[1]
     if isinstance(gate_up, PackedExperts):
         assert isinstance(down, PackedExperts)
-        inner = gate_up(x.index_select(0, token), ends)
-        return combined(down(gated(inner), ends), place, weights.float())
+        inner = gate_up(x, token, ends)
+        return combined(down(gated(inner), None, ends), place, weights.float())
     assert isinstance(down, Tensor)
-    if fits(x.dtype, x.dtype, x.device, *(width // 2 for width in down.shape[1:])):
+    assert isinstance(gate_up, Tensor)
+    if PackedExperts.fit(gate_up, down):
         return _Mixture.apply(x, token, place, weights.float(), ends, gate_up, down)
     by_token = _by_torch(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
     return (by_token * weights.to(x.dtype)[..., None]).sum(1)
@@ -86,8 +85,8 @@ class _Mixture(torch.autograd.Function):
         gate_up: Tensor,
         down: Tensor,
     ) -> Tensor:
-        inner = expert_products(x, token, gate_up, ends)
-        out = expert_products(gated(inner), None, down, ends)
+        inner = PackedExperts.of(gate_up)(x, token, ends)
+        out = PackedExperts.of(down)(gated(inner), None, ends)
         ctx.save_for_backward(x, token, place, weights, ends, gate_up, down, inner, out)
         return combined(out, place, weights)
 

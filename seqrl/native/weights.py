@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqrl.kernels import PackedExperts, Turn, fits, gated, linear, packable
+from seqrl.kernels import PackedExperts, Turn, gated, linear, packable
 from seqrl.native.experts import Experts
 
 MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "qwen3_moe"})
@@ -146,9 +146,7 @@ def read_weights(model: Any, dtype: torch.dtype, *, length: int, pack: bool = Fa
         if not hasattr(module, "experts"):
             return Dense(linear_of(module.gate_proj, module.up_proj), linear_of(module.down_proj))
         gate_up, down = module.experts.gate_up_proj.to(dtype), module.experts.down_proj.to(dtype)
-        packs = pack and all(
-            fits(dtype, dtype, down.device, *matrices.shape[1:]) for matrices in (gate_up, down)
-        )
+        packs = pack and PackedExperts.fit(gate_up, down)
         return Experts(
             router=module.gate.weight.to(dtype),
             gate_up=PackedExperts.of(gate_up) if packs else gate_up,

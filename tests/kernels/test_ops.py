@@ -15,6 +15,7 @@ from seqrl.kernels import (
     add_norm,
     combined,
     combined_backward,
+    expert_products_backward,
     fits,
     gated,
     gated_backward,
@@ -211,14 +212,37 @@ def test_combined(in_c: bool, threads: int, tokens: int, top_k: int, width: int,
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("counts", [[9, 0, 1, 25], [0, 0, 0, 3], [0, 0, 0, 0], [8, 16, 7, 0]], ids=str)
-def test_packed_experts(c_only: None, threads: int, dtype: torch.dtype, counts: list[int]) -> None:
-    x, weight = random(sum(counts), 32), random(4, 48, 32, seed=1)
-    parts = zip(x.double().split(counts), weight.double(), strict=True)
-    exact = torch.cat([rows @ matrix.t() for rows, matrix in parts])
-    made = PackedExperts.of(weight.to(dtype))(x.to(dtype), torch.tensor(counts).cumsum(0))
-    assert made.dtype == dtype
-    near([made], [exact], ERROR[dtype])
+@pytest.mark.parametrize("counts", [[9, 0, 1, 25], [0, 0, 0, 3], [0, 0, 0, 0], [8, 16, 7, 300]], ids=str)
+@pytest.mark.parametrize("scattered", [False, True])
+def test_expert_products(
+    c_only: None, threads: int, dtype: torch.dtype, counts: list[int], scattered: bool
+) -> None:
+    """Each expert's rows times its matrix, with the gradients of rows and matrices."""
+    rows, generator = sum(counts), torch.Generator().manual_seed(3)
+    token = torch.randint(max(rows // 2, 1), (rows,), generator=generator) if scattered else None
+    x = random(max(rows // 2, 1) if scattered else rows, 32).to(dtype)
+    weight, grad = random(4, 96, 32, seed=1).to(dtype), random(rows, 96, seed=7).to(dtype)
+    ends = torch.tensor(counts).cumsum(0)
+    assert PackedExperts.fit(weight)
+
+    def formula(pairs: Tensor, weight: Tensor) -> Tensor:
+        parts = zip(pairs.split(counts), weight, strict=True)
+        return torch.cat([part @ matrix.t() for part, matrix in parts])
+
+    pairs, wide = double((x if token is None else x[token]), weight)
+    pairs.requires_grad_(), wide.requires_grad_()
+    exact = formula(pairs, wide)
+    exact.backward(grad.double())
+    made = PackedExperts.of(weight)(x, token, ends)
+    of_rows, of_weight = expert_products_backward(grad, x, token, weight, ends)
+    assert [t.dtype for t in (made, of_rows, of_weight)] == [dtype] * 3
+    near([made, of_rows, of_weight], [exact, pairs.grad, wide.grad], ERROR[dtype])
+
+
+def test_no_c_for_matrices_of_odd_widths(c_only: None) -> None:
+    for outs, ins in ((32, 48), (48, 32), (33, 32)):
+        assert not PackedExperts.fit(torch.empty(2, outs, ins))
+    assert not PackedExperts.fit(torch.empty(2, 32, 32, dtype=torch.float64))
 
 
 def test_nothing_to_do(in_c: bool) -> None:
