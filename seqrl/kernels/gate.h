@@ -143,6 +143,11 @@ int NAME(attend_cached)(long rows, long heads, long kv_heads, long size, const C
             for (long g = 0; g < group; g++) most[g] = -3e38f, total[g] = 0;
             long prompt_at = (prompt[r] * kv_heads + h) * prompt_blocks * LANES * size;
             long own_at = (own[r] * kv_heads + h) * own_blocks * LANES * size;
+            /* Other rows have just seen the prompt; the row's own columns are far away. */
+            for (long i = 0; i < own_columns[r] * size; i += 64 / sizeof(C)) {
+                __builtin_prefetch(own_keys + own_at + i);
+                __builtin_prefetch(own_values + own_at + i);
+            }
             NAME(cached_stretch)(group, size, scaled, prompt_keys + prompt_at, prompt_values + prompt_at,
                                  prompt_columns[prompt[r]], scores, most, total, sums);
             NAME(cached_stretch)(group, size, scaled, own_keys + own_at, own_values + own_at, own_columns[r], scores,
