@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqrl.kernels.call import LANES, SUFFIX, call, fits, types_of
+from seqrl.kernels.call import LANES, SUFFIX, call, fits, types_of, words_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def turned(
         return *_turned_by_torch(rows, positions, turn, q_weight, k_weight), v
     q = qkv.new_empty(len(qkv), turn.heads, turn.size)
     k = qkv.new_empty(len(qkv), turn.kv_heads, turn.size)
-    call(*_turn_arguments("turn", qkv, positions, turn, q_weight, k_weight), q, k, None, None, None)
+    call(*_turn_arguments("turn", qkv, positions, turn, q_weight, k_weight), q, k)
     return q, k, v
 
 
@@ -68,16 +68,6 @@ def _turn_arguments(
     sizes = (len(qkv), turn.heads, turn.kv_heads, turn.size)
     weights = (q_weight, k_weight, turn.eps)
     return f"{name}_{types_of(stream, qkv.dtype)}", *sizes, qkv, *weights, turn.cos, turn.sin, positions
-
-
-def _turned_wide(
-    qkv: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of `turned` as float32, in C."""
-    sizes = (turn.heads, turn.kv_heads, turn.kv_heads)
-    q, k, v = (torch.empty(len(qkv), heads, turn.size) for heads in sizes)
-    call(*_turn_arguments("turn", qkv, positions, turn, q_weight, k_weight), None, None, q, k, v)
-    return q, k, v
 
 
 def _turned_by_torch(
@@ -100,18 +90,24 @@ def _turned_by_torch(
 def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
     """Causal attention in C (see `fits`), without gradient: [T, Q, D] in q's type, and the log-sum-exp of
     the scores [T, Q] float32; 0 for tokens of no sequence."""
-    dtype, (tokens, heads, _) = q.dtype, q.shape
-    q, k, v = (x.float().contiguous() for x in (q, k, v))
-    out, lse = torch.zeros_like(q), q.new_zeros(tokens, heads)
-    call("attend_forward", *_of_spans(spans, q, k, v), out, lse)
-    return out.to(dtype), lse
+    q, k, v = _side_by_side(q, k, v)
+    out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32)
+    call(f"attend_forward_{SUFFIX[q.dtype]}", *_of_spans(spans, q, k, v), out, lse)
+    return out, lse
+
+
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values alone may be a part of wider rows."""
+    size = v.shape[2]
+    return q.contiguous(), k.contiguous(), v if v.stride()[1:] == (size, 1) else v.contiguous()
 
 
 def _of_spans(spans: Spans, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
     for first, columns in ((spans.shared, spans.shared_columns), (spans.own, spans.own_columns)):
         assert not len(first) or int((first + columns).max()) <= len(q), "a span ends behind the last token"
     sizes = (len(spans.own), q.shape[1], k.shape[1], q.shape[2])
-    return *sizes, q, k, v, spans.shared, spans.shared_columns, spans.own, spans.own_columns
+    of_v = v.data_ptr(), v.stride(0)
+    return *sizes, q, k, *of_v, spans.shared, spans.shared_columns, spans.own, spans.own_columns
 
 
 class _SelfAttention(torch.autograd.Function):
@@ -127,8 +123,7 @@ class _SelfAttention(torch.autograd.Function):
         turn: Turn,
         spans: Spans,
     ) -> Tensor:
-        out, lse = attend(*_turned_wide(qkv, positions, turn, q_weight, k_weight), spans)
-        out = out.to(qkv.dtype)
+        out, lse = attend(*turned(qkv, positions, turn, q_weight, k_weight), spans)
         ctx.save_for_backward(qkv, q_weight, k_weight, positions, out, lse)
         ctx.turn, ctx.spans = turn, spans
         return out.flatten(1)
@@ -138,11 +133,11 @@ class _SelfAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_weight, k_weight, positions, out, lse = ctx.saved_tensors
         turn, threads = ctx.turn, torch.get_num_threads()
-        q, k, v = _turned_wide(qkv, positions, turn, q_weight, k_weight)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        q, k, v = _side_by_side(*turned(qkv, positions, turn, q_weight, k_weight))
+        dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
         call(
-            "attend_backward",
-            *(*_of_spans(ctx.spans, q, k, v), out.float(), lse, grad.float().contiguous()),
+            f"attend_backward_{SUFFIX[q.dtype]}",
+            *(*_of_spans(ctx.spans, q, k, v), out, lse, grad.contiguous()),
             *(torch.empty_like(lse), len(q), dq, dk, dv),
         )
         dqkv = torch.empty_like(qkv)
@@ -168,22 +163,23 @@ def self_attention(
     """Causal attention of `qkv` [T, (Q + 2K) D] in C (see `fits`): [T, Q D]."""
     if torch.is_grad_enabled():
         return _SelfAttention.apply(qkv, q_weight, k_weight, positions, turn, spans)
-    return attend(*_turned_wide(qkv, positions, turn, q_weight, k_weight), spans)[0].to(qkv.dtype).flatten(1)
+    return attend(*turned(qkv, positions, turn, q_weight, k_weight), spans)[0].flatten(1)
 
 
 @dataclass
 class Cache:
-    """Keys and values of rows that grow, of one layer. `keys` [slots, K, blocks, D, 16], a block being 16
-    columns side by side; `values` [slots, K, 16 blocks, D]. Untouched columns take no memory."""
+    """Keys and values of rows that grow, of one layer. A block is 16 columns side by side."""
 
     keys: Tensor
+    """[slots, K, blocks, D, 16]; in bfloat16 [slots, K, blocks, D / 2, 16, 2]."""
     values: Tensor
+    """[slots, K, 16 blocks, D]"""
 
     @classmethod
     def of(cls, slots: int, columns: int, kv_heads: int, size: int, dtype: torch.dtype) -> Cache:
         blocks = -(-columns // LANES)
         return cls(
-            torch.empty(slots, kv_heads, blocks, size, LANES, dtype=dtype),
+            torch.empty(slots, kv_heads, blocks, *words_of(size, dtype), dtype=dtype),
             torch.empty(slots, kv_heads, blocks * LANES, size, dtype=dtype),
         )
 
@@ -224,11 +220,11 @@ def attend_cached(
     There may be more rows than `slot` has, which get 0. Row r has the prompt in slot `prompt[r]` of
     `prompts`, of `prompt_columns[prompt[r]]` columns, and `own_columns[r]` in slot `slot[r]` of `own`.
     """
-    out = torch.zeros_like(q)
+    out, sums = torch.zeros_like(q), torch.empty(q.shape)
     call(
         f"attend_cached_{SUFFIX[q.dtype]}",
         *(len(slot), q.shape[1], own.keys.shape[1], q.shape[2], q),
         *(prompts.keys, prompts.values, prompts.keys.shape[2], prompt, prompt_columns),
-        *(own.keys, own.values, own.keys.shape[2], slot, own_columns, out),
+        *(own.keys, own.values, own.keys.shape[2], slot, own_columns, sums, out),
     )
     return out.flatten(1)

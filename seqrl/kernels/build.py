@@ -32,7 +32,7 @@ FLAGS = (
 _OF_ROWS = {
     "add_norm": "ll ppp f ppp",
     "add_norm_backward": "ll ppppppp l",
-    "turn": "llll ppp f pppppppp",
+    "turn": "llll ppp f ppppp",
     "turn_backward": "llll ppp f ppppppppp l",
 }
 _OF_STORAGE = {
@@ -44,7 +44,9 @@ _OF_STORAGE = {
     "expert_backward_x": "lll pppp",
     "expert_backward_w": "lll ppppp",
     "append": "llll pp l pppp",
-    "attend_cached": "llll ppp l pppp l ppp",
+    "attend_cached": "llll ppp l pppp l pppp",
+    "attend_forward": "llll ppp l pppppp",
+    "attend_backward": "llll ppp l pppppppp l ppp",
     "head_fold": "llll f ppppppp",
     "head_gradient": "llll f pppppppp l",
 }
@@ -55,13 +57,11 @@ ARGUMENTS = {
         for types in ("f32_f32", "f32_bf16", "bf16_bf16")
     },
     **{f"{name}_{type_}": said for name, said in _OF_STORAGE.items() for type_ in ("f32", "bf16")},
-    "attend_forward": "llll ppppppppp",
-    "attend_backward": "llll ppppppppppp l ppp",
     "expert_pack": "lll pp",
     "draw": "ll p f pp",
 }
 """What each function takes, in order: l a long, f a float, p a pointer."""
-FAILING = ("attend", "draw", "expert_products", "expert_backward")
+FAILING = ("attend_forward", "attend_backward", "draw", "expert_products", "expert_backward")
 """How the names of functions begin that need scratch memory, and give back 1 where there is none."""
 SWITCH = "SEQRL_KERNELS"
 """Environment variable: `0` leaves the kernels out, for a look at what torch's own operations give."""

@@ -40,6 +40,11 @@ def _address(x: Tensor) -> int:
     return x.data_ptr()
 
 
+def words_of(numbers: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of `numbers` of each of 16 rows whose words lie across the lanes of vectors (words.h)."""
+    return (numbers // 2, LANES, 2) if dtype == torch.bfloat16 else (numbers, LANES)
+
+
 def types_of(stream: torch.dtype, compute: torch.dtype) -> str:
     """The end of the name of a function for both."""
     return f"{SUFFIX[stream]}_{SUFFIX[compute]}"

@@ -5,9 +5,8 @@
    run over words of 32 bits: a float32, or a pair of bfloat16 that lie side by side in the direction in which
    is added up. Sums are float32, and no sum depends on how many rows there are. ins and outs are multiples
    of 32. */
-#include "vector.h"
+#include "words.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #ifdef __AVX512F__
 #define ROWS 8 /* of a tile, whose sums are held in registers; a tile has two vectors of columns */
 #else
@@ -16,37 +15,15 @@
 #define STRIP (2 * LANES)
 #define CHUNK 128 /* rows that stay in the processor's cache while strips pass over them */
 
-typedef vu word;
-
-INLINE vf multiply(int pairs, word a, word b, vf sum) {
-    return pairs ? fused_pairs(a, b, sum) : fused((vf)a, (vf)b, sum);
-}
-
-INLINE word splat_word(uint32_t x) { return x - (word){0}; }
-INLINE uint32_t word_at(const void *p, long i) { return ((const uint32_t *)p)[i]; }
-INLINE word words_at(const void *p, long i) { return *(const word *)((const uint32_t *)p + i); }
-
-INLINE void store(int pairs, void *p, long i, vf x) {
-    if (pairs) store_bf16((bf16 *)p + i, x);
-    else store_f32((float *)p + i, x);
-}
-
 /* STRIP columns of `count` rows of m [.., width], taken from `first` on in the order of token where that is
    given: out [count, STRIP], or [half of it, STRIP] pairs of rows, of which the last may lack its second. */
 INLINE void panel(int pairs, const void *m, const int64_t *token, long first, long count, long width, long column,
                   uint32_t *out) {
     for (long r = first; r < first + count; r += 1 + pairs, out += STRIP) {
-        long one = (token ? token[r] : r) * width + column;
-        for (long v = 0; v < STRIP && !pairs; v += LANES) *(word *)(out + v) = words_at(m, one + v);
-        if (!pairs) continue;
-        const bf16 *upper = (const bf16 *)m + one, *lower = upper;
-        int both = r + 1 < first + count;
-        if (both) lower = (const bf16 *)m + (token ? token[r + 1] : r + 1) * width + column;
-        for (long v = 0; v < STRIP; v += LANES) {
-            word w = __builtin_convertvector(*(const vh *)(upper + v), vu);
-            if (both) w |= __builtin_convertvector(*(const vh *)(lower + v), vu) << 16;
-            *(word *)(out + v) = w;
-        }
+        const void *one = at(pairs, m, (token ? token[r] : r) * width + column), *two = NULL;
+        if (r + 1 < first + count) two = at(pairs, m, (token ? token[r + 1] : r + 1) * width + column);
+        for (long v = 0; v < STRIP; v += LANES)
+            *(word *)(out + v) = of_rows(pairs, at(pairs, one, v), two ? at(pairs, two, v) : NULL);
     }
 }
 
@@ -73,7 +50,7 @@ INLINE void tile(int pairs, int rows, long steps, const uint32_t *const *x, long
     vf held[ROWS][2];
     for (int i = 0; i < rows; i++) held[i][0] = sums[i][0], held[i][1] = sums[i][1];
     for (long d = 0; d < steps; d++) {
-        word one = words_at(w, d * w_stride), two = words_at(w, d * w_stride + next);
+        word one = words_at(w + d * w_stride), two = words_at(w + d * w_stride + next);
         for (int i = 0; i < rows; i++) {
             word number = splat_word(x[i][d * x_stride]);
             held[i][0] = multiply(pairs, one, number, held[i][0]);

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqrl.kernels.call import LANES, SUFFIX, call, fits
+from seqrl.kernels.call import LANES, SUFFIX, call, fits, words_of
 
 
 def combined(x: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
@@ -58,10 +58,8 @@ class PackedExperts:
     @classmethod
     def of(cls, weight: Tensor) -> PackedExperts:
         experts, outs, ins = weight.shape
-        pairs = (2,) if weight.dtype == torch.bfloat16 else ()
-        words = ins // 2 if pairs else ins
-        packed = weight.new_empty(experts, outs // LANES, words, LANES, *pairs)
-        call("expert_pack", experts, outs, words, weight.contiguous(), packed)
+        packed = weight.new_empty(experts, outs // LANES, *words_of(ins, weight.dtype))
+        call("expert_pack", experts, outs, packed.shape[2], weight.contiguous(), packed)
         return cls(packed)
 
     def __call__(self, x: Tensor, token: Tensor | None, ends: Tensor) -> Tensor:

@@ -55,19 +55,11 @@ void NAME(add_norm_backward)(long rows, long width, const S *x_out, const S *wei
     }
 }
 
-/* As if stored in C. */
-static inline vf NAME(rounded)(vf x) {
-    C stored[LANES];
-    STORE_C(stored, x);
-    return LOAD_C(stored);
-}
-
 /* The queries and keys of a row of `qkv` [rows, (heads + 2 kv_heads) size]: normed head by head where
-   weights are given, then turned by their position. cos, sin: [positions, size / 2]. Into q and k; or, where
-   these are NULL, the same numbers as float32 into wide_q and wide_k, and the values into wide_v. */
+   weights are given, then turned by their position. cos, sin: [positions, size / 2]. */
 void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, const S *q_weight,
                 const S *k_weight, float eps, const float *cos, const float *sin, const int64_t *positions, C *q,
-                C *k, float *wide_q, float *wide_k, float *wide_v) {
+                C *k) {
     long half = size / 2, width = (heads + 2 * kv_heads) * size;
 #pragma omp parallel for schedule(static) if (rows * width > 16384)
     for (long r = 0; r < rows; r++) {
@@ -77,7 +69,7 @@ void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, c
             const S *weight = h < heads ? q_weight : k_weight;
             long at = h < heads ? (r * heads + h) * size : (r * kv_heads + h - heads) * size;
             C *to = h < heads ? q : k;
-            float *wide = h < heads ? wide_q : wide_k, scale = 1;
+            float scale = 1;
             if (weight) {
                 vf squares = {0};
                 for (long i = 0; i < size; i += LANES) squares += LOAD_C(from + i) * LOAD_C(from + i);
@@ -86,18 +78,11 @@ void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, c
             for (long i = 0; i < half; i += LANES) {
                 vf a = LOAD_C(from + i) * scale, b = LOAD_C(from + half + i) * scale;
                 if (weight) a *= LOAD_S(weight + i), b *= LOAD_S(weight + half + i);
-                vf ci = load_f32(c + i), si = load_f32(s + i), x = a * ci - b * si, y = b * ci + a * si;
-                if (to) {
-                    STORE_C(to + at + i, x);
-                    STORE_C(to + at + half + i, y);
-                } else {
-                    store_f32(wide + at + i, NAME(rounded)(x));
-                    store_f32(wide + at + half + i, NAME(rounded)(y));
-                }
+                vf ci = load_f32(c + i), si = load_f32(s + i);
+                STORE_C(to + at + i, a * ci - b * si);
+                STORE_C(to + at + half + i, b * ci + a * si);
             }
         }
-        for (long i = 0; wide_v && i < kv_heads * size; i += LANES)
-            store_f32(wide_v + r * kv_heads * size + i, LOAD_C(qkv + r * width + (heads + kv_heads) * size + i));
     }
 }
 

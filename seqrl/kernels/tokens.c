@@ -1,7 +1,5 @@
-/* Norms, rotary positions, gated layers and the cache of decoding, in each type they are needed in. */
+/* Norms, rotary positions and gated layers in each type they are needed in, and the draw of a token. */
 #include "vector.h"
-
-#define KEYS 64 /* columns whose scores are held at once, here as in attention.c */
 
 #define S float
 #define LOAD_S load_f32

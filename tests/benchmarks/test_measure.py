@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.measure import Ratio, matrix_peak, peak_memory, setting, table, take_turns, write_results
+from benchmarks.measure import (
+    Elsewhere,
+    Ratio,
+    matrix_peak,
+    peak_memory,
+    setting,
+    table,
+    take_turns,
+    write_results,
+)
 
 
 class Side:
@@ -71,6 +82,38 @@ def test_peak_memory_counts_what_was_freed_again() -> None:
     answer, peak = peak_memory(run)
     assert answer == "done"
     assert size * 0.9 < peak < size * 1.5
+
+
+def counter(start: int) -> Callable[[], tuple[int, int]]:
+    """Counts from `start`, twice, and says in which process."""
+    counts = iter(range(start, start + 2))
+
+    def count() -> tuple[int, int]:
+        return os.getpid(), next(counts)
+
+    return count
+
+
+def test_sides_elsewhere_share_a_process_and_keep_what_they_have() -> None:
+    with Elsewhere() as elsewhere:
+        one, other = elsewhere.side(counter, 1), elsewhere.side(counter, 5)
+        pid = elsewhere.run(os.getpid)
+        assert pid != os.getpid()
+        assert [one(), other(), one()] == [(pid, 1), (pid, 5), (pid, 2)]
+        assert elsewhere.run(torch.get_num_threads) == torch.get_num_threads()
+        with pytest.raises(StopIteration):
+            one()
+        assert other() == (pid, 6)  # it goes on after an exception
+        elsewhere.forget()
+        newer = elsewhere.side(counter, 8)
+        with pytest.raises(KeyError):  # and not one that was made since
+            one()
+        assert newer() == (pid, 8)
+
+
+def test_an_exception_while_a_side_is_made_elsewhere_comes_back() -> None:
+    with Elsewhere() as elsewhere, pytest.raises(FileNotFoundError, match="nowhere"):
+        elsewhere.side(os.chdir, "/nowhere")  # type: ignore[arg-type]
 
 
 def test_results_are_written_with_their_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

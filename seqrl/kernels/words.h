@@ -1,0 +1,47 @@
+/* Products over words of 32 bits: a float32, or a pair of bfloat16 whose two products are added up together.
+   What is `pairs` says which, and is a constant wherever these are used. */
+#ifndef SEQRL_WORDS_H
+#define SEQRL_WORDS_H
+
+#include "vector.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef vu word;
+
+INLINE vf multiply(int pairs, word a, word b, vf sum) {
+    return pairs ? fused_pairs(a, b, sum) : fused((vf)a, (vf)b, sum);
+}
+
+INLINE word splat_word(uint32_t x) { return x - (word){0}; }
+INLINE word words_at(const uint32_t *p) { return *(const word *)p; }
+
+/* A number of a tensor, `i` numbers after p. */
+INLINE const void *at(int pairs, const void *p, long i) { return (const char *)p + (pairs ? 2 : 4) * i; }
+
+INLINE vf load(int pairs, const void *p, long i) {
+    return pairs ? load_bf16((const bf16 *)p + i) : load_f32((const float *)p + i);
+}
+
+INLINE void store(int pairs, void *p, long i, vf x) {
+    if (pairs) store_bf16((bf16 *)p + i, x);
+    else store_f32((float *)p + i, x);
+}
+
+/* 16 numbers of one row as words; with those of a second row, or zeros where it is NULL, as pairs. */
+INLINE word of_rows(int pairs, const void *one, const void *two) {
+    if (!pairs) return words_at(one);
+    word w = __builtin_convertvector(*(const vh *)one, vu);
+    return two ? w | __builtin_convertvector(*(const vh *)two, vu) << 16 : w;
+}
+
+/* The same of numbers that are rounded for it. */
+INLINE word of_vectors(int pairs, vf one, vf two) {
+    if (!pairs) return (word)one;
+    word low = (word)one, high = (word)two;
+    low = (low + 0x7fff + ((low >> 16) & 1)) >> 16;
+    high = (high + 0x7fff + ((high >> 16) & 1)) & 0xffff0000u;
+    return low | high;
+}
+
+#endif
