@@ -6,6 +6,7 @@ import ctypes
 import datetime
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import multiprocessing
@@ -119,13 +120,62 @@ def peak_memory(run: Callable[[], Any]) -> tuple[Any, int]:
     return answer, max(status_bytes("VmHWM") - before, 0)
 
 
+class Elsewhere:
+    """A process of its own, with as many threads as this one has when it is made, for sides that take turns.
+
+    What a family sets for its whole process (seqrl's kernels have the allocator keep memory) then holds for
+    no other one. Functions, arguments and answers have to be importable or picklable; exceptions come back.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        threads = (torch.get_num_threads(),)
+        self._pool = ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads)
+        self._numbers = itertools.count()
+
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(*arguments)` there."""
+        return self._pool.submit(function, *arguments).result()
+
+    def side(self, make: Callable[..., Callable[[], T]], *arguments: Any) -> Callable[[], T]:
+        """Calls what `make(*arguments)` gives back there, and stays there, until `forget`."""
+        number = next(self._numbers)
+        self.run(_make_side, number, make, arguments)
+        return lambda: self.run(_run_side, number)
+
+    def forget(self) -> None:
+        """Lets all sides go, and what they hold."""
+        self.run(_forget_sides)
+
+
+_sides: dict[int, Callable[[], Any]] = {}
+"""In the process of an `Elsewhere`: its sides."""
+
+
+def _make_side(number: int, make: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> None:
+    _sides[number] = make(*arguments)
+
+
+def _run_side(number: int) -> Any:
+    return _sides[number]()
+
+
+def _forget_sides() -> None:
+    _sides.clear()
+    gc.collect()
+
+
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` in a process of its own, with as many threads: no memory is there that something
-    else has left. All of them have to be importable or picklable."""
-    context = multiprocessing.get_context("spawn")
-    initial = (torch.get_num_threads(),)
-    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=initial) as pool:
-        return pool.submit(function, *arguments).result()
+    """`function(*arguments)` in a process that ends with it: no memory is there that something else has left.
+    See `Elsewhere`."""
+    with Elsewhere() as elsewhere:
+        return elsewhere.run(function, *arguments)
 
 
 def status_bytes(key: str) -> int:

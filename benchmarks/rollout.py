@@ -1,11 +1,12 @@
 """Tokens per second of seqrl's engine against transformers' `generate` and vLLM's CPU build, in turns.
 
-    python -m benchmarks.rollout [--vllm PYTHON] [--batch 1 32 256] [--new-tokens 64 512]
+    python -m benchmarks.rollout [--vllm PYTHON] [--model moe-8x2] [--batch 1 32 256] [--new-tokens 512]
 
-`PYTHON` is the interpreter of an environment that has vLLM; without it that side is left out. Response tokens
-are counted as each side drew them, up to the end-of-sequence token. Under log-normal lengths the model itself
-ends its responses, at a quarter of the limit on average; under equal ones the token is ignored. seqrl also
-says the log-probs of what it drew, which the others are not asked for.
+seqrl, transformers and vLLM have a process of their own each. `PYTHON` is the interpreter of an environment
+that has vLLM; without it that side is left out. Response tokens are counted as each side drew them, up to the
+end-of-sequence token. Under log-normal lengths the model itself ends its responses, at a quarter of the limit
+on average; under equal ones the token is ignored. seqrl also says the log-probs of what it drew, which the
+others are not asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import IO, Any
 
 import torch
 
-from benchmarks.measure import RESULTS, Ratio, setting, table, take_turns, write_results
+from benchmarks.measure import RESULTS, Elsewhere, Ratio, setting, table, take_turns, write_results
 from benchmarks.models import SHAPES, write_model
 
 GROUP = 8
@@ -34,7 +35,8 @@ GROUP = 8
 LONGEST_PROMPT = 32
 """Tokens; chained arithmetic stays below."""
 DTYPES = ("float32", "bfloat16")
-LENGTHS = ("log-normal", "equal")
+LIMITS = {"log-normal": 256, "equal": 64}
+"""New tokens where none are asked for, by how lengths are spread."""
 Side = Callable[[], int]
 """Generates the whole batch, and says how many response tokens it has."""
 
@@ -85,7 +87,7 @@ def seqrl_side(directory: Path, dtype: str, work: Work) -> Side:
     return run
 
 
-def generate_side(directory: Path, dtype: str, work: Work, *, cache: str | None) -> Side:
+def generate_side(directory: Path, dtype: str, work: Work, cache: str | None) -> Side:
     """`cache` is a `cache_implementation` of transformers; None: its dynamic cache."""
     model, tokenizer, config = transformers_model(directory, dtype, work)
     config.cache_implementation = cache
@@ -197,18 +199,36 @@ def start_vllm(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def sides(directory: Path, work: Work, args: argparse.Namespace, vllm: Mapping[str, Vllm]) -> dict[str, Side]:
+@dataclass(frozen=True)
+class Processes:
+    seqrl: Elsewhere
+    transformers: Elsewhere
+
+    def forget(self) -> None:
+        self.seqrl.forget()
+        self.transformers.forget()
+
+
+def sides(
+    directory: Path,
+    work: Work,
+    args: argparse.Namespace,
+    processes: Processes,
+    vllm: Mapping[str, Vllm],
+) -> dict[str, Side]:
     """By "NAME, DTYPE", ours first."""
     from transformers import AutoTokenizer
 
+    theirs = processes.transformers
     made: dict[str, Side] = {}
     for dtype in args.dtype:
-        made[f"seqrl, {dtype}"] = seqrl_side(directory, dtype, work)
+        made[f"seqrl, {dtype}"] = processes.seqrl.side(seqrl_side, directory, dtype, work)
     for dtype in args.dtype:
-        made[f"generate, {dtype}"] = generate_side(directory, dtype, work, cache=None)
-        made[f"generate static, {dtype}"] = generate_side(directory, dtype, work, cache="static")
+        made[f"generate, {dtype}"] = theirs.side(generate_side, directory, dtype, work, None)
+        if args.static_cache:
+            made[f"generate static, {dtype}"] = theirs.side(generate_side, directory, dtype, work, "static")
         if args.generate_batch:
-            made[f"generate_batch, {dtype}"] = generate_batch_side(directory, dtype, work)
+            made[f"generate_batch, {dtype}"] = theirs.side(generate_batch_side, directory, dtype, work)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return made | {name: engine.side(work, tokenizer) for name, engine in vllm.items()}
 
@@ -256,15 +276,21 @@ def to_rows(work: Work, speeds: Mapping[str, Speed]) -> Iterator[list[str]]:
         yield cells
 
 
-def works(args: argparse.Namespace, new_tokens: int) -> Iterator[Work]:
-    """Equal lengths alone where responses are greedy (a random model does not end them) or a batch is one."""
+def works(args: argparse.Namespace) -> list[tuple[int, list[Work]]]:
+    """By their limit. Equal lengths alone where responses are greedy (a random model does not end them) or a
+    batch is one."""
+    of: dict[int, list[Work]] = {}
     for lengths, batch, drawn in itertools.product(args.lengths, args.batch, args.drawn):
         if lengths == "equal" or (batch > 1 and drawn == "sampled"):
-            yield Work(batch, new_tokens, lengths, drawn == "greedy")
+            for limit in args.new_tokens or [LIMITS[lengths]]:
+                of.setdefault(limit, []).append(Work(batch, limit, lengths, drawn == "greedy"))
+    return sorted(of.items())
 
 
-def measure_model(name: str, args: argparse.Namespace) -> Iterator[tuple[Work, dict[str, Speed]]]:
-    for new_tokens in args.new_tokens:
+def measure_model(
+    name: str, args: argparse.Namespace, processes: Processes
+) -> Iterator[tuple[Work, dict[str, Speed]]]:
+    for new_tokens, of_limit in works(args):
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_model(name, directory, mean_length=new_tokens / 4, limit=new_tokens)
@@ -272,18 +298,22 @@ def measure_model(name: str, args: argparse.Namespace) -> Iterator[tuple[Work, d
             for dtype, mode in itertools.product(args.dtype, args.vllm_mode if args.vllm else ()):
                 engine = start_vllm(args.vllm, directory, dtype, new_tokens, compiled=mode == "compiled")
                 vllm[f"vLLM {mode}, {dtype}"] = stack.enter_context(engine)
-            for work in works(args, new_tokens):
-                yield work, measure(sides(directory, work, args, vllm), args.turns)
+            for work in of_limit:
+                speeds = measure(sides(directory, work, args, processes, vllm), args.turns)
+                processes.forget()
+                yield work, speeds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=[*SHAPES], default=["dense-3m", "moe-8x2"])
+    parser.add_argument("--model", nargs="+", choices=[*SHAPES], default=["dense-3m"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 256], help="responses")
-    parser.add_argument("--new-tokens", nargs="+", type=int, default=[256], help="the limit")
-    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=[*LENGTHS])
+    limits = ", ".join(f"{limit} for {lengths} lengths" for lengths, limit in LIMITS.items())
+    parser.add_argument("--new-tokens", nargs="+", type=int, help=f"the limit; {limits} unless given")
+    parser.add_argument("--lengths", nargs="+", choices=[*LIMITS], default=[*LIMITS])
     parser.add_argument("--drawn", nargs="+", choices=("sampled", "greedy"), default=["sampled"])
+    parser.add_argument("--static-cache", action="store_true", help="also measure `generate` with it")
     parser.add_argument(
         "--generate-batch", action="store_true", help="also measure it, which takes ten times as long"
     )
@@ -304,11 +334,12 @@ def main() -> None:
         "# Rollout: response tokens per second\n\nMedians over turns; ratios with their range in a turn."
     )
     numbers: dict[str, list[dict[str, Any]]] = {}
-    for name in args.model:
-        measured = list(measure_model(name, args))
-        rows = [row for work, speeds in measured for row in to_rows(work, speeds)]
-        markdown += f"\n\n## {name}\n\n{table(columns, rows)}"
-        numbers[name] = [{**asdict(work), "speeds": speeds} for work, speeds in measured]
+    with Elsewhere() as ours, Elsewhere() as theirs:
+        for name in args.model:
+            measured = list(measure_model(name, args, Processes(ours, theirs)))
+            rows = [row for work, speeds in measured for row in to_rows(work, speeds)]
+            markdown += f"\n\n## {name}\n\n{table(columns, rows)}"
+            numbers[name] = [{**asdict(work), "speeds": speeds} for work, speeds in measured]
     write_results("rollout", here, markdown, numbers, directory=args.out)
 
 

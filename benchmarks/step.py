@@ -1,8 +1,9 @@
-"""One GSPO iteration of seqrl against TRL's GRPOTrainer, turn by turn in one process.
+"""One GSPO iteration of seqrl against TRL's GRPOTrainer, turn by turn, each in a process of its own.
 
 An iteration is 32 prompts x 8 responses, rewards, old log-probs and 4 optimizer steps. Both start from the
 same weights and have the same prompts, temperature, reward, loss, clip range and AdamW. TRL's own loop
-drives: after each of its iterations its clock stands still while seqrl does one in each dtype.
+drives: after each of its iterations its clock stands still while seqrl, elsewhere and by its own clock, does
+one in each dtype.
 
     python -m benchmarks.step [--workload spread up-to-64] [--model dense-3m moe-8x2] [--dtype float32]
 
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Ratio, setting, table, write_results
+from benchmarks.measure import RESULTS, Elsewhere, Ratio, setting, table, write_results
 from benchmarks.models import SHAPES, write_model
 
 PROBLEMS, PROMPTS, RESPONSES, MINI_BATCHES = 3000, 32, 8, 4
@@ -121,6 +122,10 @@ class Seqrl:
         names = ("gen", "old_log_prob", "update_actor")
         stages = {stage: clock.seconds[name] for stage, name in zip(STAGES, names, strict=False)}
         return watch.iteration(metrics["response_length/mean"], stages)
+
+
+def seqrl_side(model: Path, directory: Path, limit: int, dtype: str) -> Callable[[], Iteration]:
+    return Seqrl(model, directory, limit=limit, dtype=dtype).iterate
 
 
 def trl_trainer(
@@ -242,17 +247,24 @@ def make_model(name: str, workload: Workload, directory: Path) -> Path:
 
 
 def measure(
-    model: Path, directory: Path, workload: Workload, theirs: str | None, args: argparse.Namespace
+    model: Path,
+    directory: Path,
+    workload: Workload,
+    theirs: str | None,
+    elsewhere: Elsewhere,
+    args: argparse.Namespace,
 ) -> Turns:
-    """The turns of TRL in the dtype `theirs` (None: without it) and of seqrl in every dtype, warmed up."""
+    """The turns of TRL in the dtype `theirs` (None: without it), in this process, and of seqrl in every
+    dtype, elsewhere, warmed up."""
     ours, count = {}, args.warmup + args.iterations
     for dtype in args.dtype:
-        ours[f"seqrl {dtype}"] = Seqrl(model, directory / dtype, limit=workload.limit, dtype=dtype)
+        made = elsewhere.side(seqrl_side, model, directory / dtype, workload.limit, dtype)
+        ours[f"seqrl {dtype}"] = made
     turns: dict[str, list[Iteration]] = {name: [] for name in ours}
 
     def iterate() -> None:
-        for name, seqrl in ours.items():
-            turns[name].append(seqrl.iterate())
+        for name, side in ours.items():
+            turns[name].append(side())
 
     if theirs is None:
         for _ in range(count):
@@ -261,6 +273,7 @@ def measure(
         same = {"limit": workload.limit, "dtype": theirs, "experts": args.trl_experts, "iterations": count}
         trainer = trl_trainer(model, directory / "trl", **same)
         turns |= {f"TRL {theirs}": drive(trainer, then=iterate)}
+    elsewhere.forget()
     return {name: iterations[args.warmup :] for name, iterations in turns.items()}
 
 
@@ -318,23 +331,26 @@ def main() -> None:
         **({"TRL's_experts_implementation": args.trl_experts} if args.compare else {}),
     )
     sections, numbers = [], {}
-    for workload in args.workload:
-        for model in ["quickstart"] if workload == "cold-start" else args.model:
-            with tempfile.TemporaryDirectory() as scratch:
-                path = make_model(model, WORKLOADS[workload], Path(scratch))
-                runs = [
-                    measure(path, Path(scratch) / f"beside-{theirs}", WORKLOADS[workload], theirs, args)
-                    for theirs in (args.dtype if args.compare else [None])
-                ]
-            numbers[f"{model}, {workload}"] = runs
-            sections.append(section(f"{model}, {workload}", WORKLOADS[workload].about, runs))
-            print(sections[-1], file=sys.stderr)
+    with Elsewhere() as elsewhere:
+        for name in args.workload:
+            workload = WORKLOADS[name]
+            for model in ["quickstart"] if name == "cold-start" else args.model:
+                with tempfile.TemporaryDirectory() as scratch:
+                    # Elsewhere, too: a cold start is seqrl's.
+                    path = elsewhere.run(make_model, model, workload, Path(scratch))
+                    runs = [
+                        measure(path, Path(scratch) / f"beside-{theirs}", workload, theirs, elsewhere, args)
+                        for theirs in (args.dtype if args.compare else [None])
+                    ]
+                numbers[f"{model}, {name}"] = runs
+                sections.append(section(f"{model}, {name}", workload.about, runs))
+                print(sections[-1], file=sys.stderr)
     title = (
         f"# One GSPO iteration: seqrl and TRL\n\n{PROMPTS} prompts x {RESPONSES} responses, {MINI_BATCHES} "
         "optimizer steps. Seconds, medians over turns; processor seconds are those of all threads together; "
         "ratios with the smallest and the largest of a turn."
     )
-    write_results(args.name, here, "\n\n".join([title, *sections]), numbers)
+    write_results(args.name, here, "\n\n".join([title, *sections]), numbers, directory=args.out)
 
 
 def parse() -> argparse.Namespace:
@@ -346,7 +362,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="turns before them")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trl-experts", default="grouped_mm", choices=["eager", "grouped_mm", "batched_mm"])
-    parser.add_argument("--name", default="step", help="of the files in benchmarks/results")
+    parser.add_argument("--name", default="step", help="of the files written")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY")
     return parser.parse_args()
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.update [--model dense-25m] [--sequences 64 256]
 
-Both take the same GSPO loss of the same sequences (groups of 8 with one prompt each) and the same fused
-AdamW; their gradient norms are compared first. transformers pads on the right, micro-batches of 64 sequences
-as they come, with scaled dot-product attention and, under bfloat16, autocast, as seqrl.
+Each in a process of its own, both take the same GSPO loss of the same sequences (groups of 8 with one prompt
+each) and the same fused AdamW; their gradient norms are compared first. transformers pads on the right,
+micro-batches of 64 sequences as they come, with scaled dot-product attention and, under bfloat16, autocast,
+as seqrl.
 
 MFU is useful arithmetic over time and over the matrix peak, measured in the same run: 2 operations per weight
 and token in the forward pass and 4 in the backward, attention where it is causal (half of a square), the head
@@ -21,8 +22,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.measure import (
     RESULTS,
+    Elsewhere,
     Ratio,
     in_fresh_process,
     matrix_peak,
@@ -72,13 +74,14 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One way to update a model."""
+class Update:
+    grad_norm: float
+    step_seconds: float
+    """Of the optimizer alone."""
 
-    update: Callable[[], float]
-    """Gives the gradient norm."""
-    step_seconds: list[float]
-    """Of the optimizer alone, one for each update."""
+
+Side = Callable[[], Update]
+"""Does one."""
 
 
 def log_normal(sequences: int) -> Tensor:
@@ -163,24 +166,27 @@ def gspo() -> PolicyObjective:
     return PolicyObjective(ActorConfig(clip_ratio_low=CLIP, clip_ratio_high=CLIP, policy_loss=loss), LIMIT)
 
 
-def step_times(optimizer: torch.optim.Optimizer) -> list[float]:
-    """A list that gets the seconds of each of its steps from now on."""
-    seconds: list[float] = []
-    start = 0.0
+def timed(update: Callable[[], float], optimizer: torch.optim.Optimizer) -> Side:
+    """`update`, which gives back the gradient norm, with a clock at its one optimizer step."""
+    start = seconds = 0.0
 
     def begin(*_: Any) -> None:
         nonlocal start
         start = time.perf_counter()
 
+    def end(*_: Any) -> None:
+        nonlocal seconds
+        seconds = time.perf_counter() - start
+
     optimizer.register_step_pre_hook(begin)
-    optimizer.register_step_post_hook(lambda *_: seconds.append(time.perf_counter() - start))
-    return seconds
+    optimizer.register_step_post_hook(end)
+    return lambda: Update(update(), seconds)
 
 
 def seqrl_side(directory: Path, dtype: torch.dtype, batch: Batch) -> Side:
     engine, objective = local_engine(directory, dtype), gspo()
     batch = replace(batch, old_logprobs=engine.logprobs(batch))
-    return Side(lambda: engine.update(batch, objective).grad_norm, step_times(engine.optimizer))
+    return timed(lambda: engine.update(batch, objective).grad_norm, engine.optimizer)
 
 
 def transformers_side(directory: Path, dtype: torch.dtype, batch: Batch) -> Side:
@@ -215,7 +221,7 @@ def transformers_side(directory: Path, dtype: torch.dtype, batch: Batch) -> Side
         optimizer.zero_grad()
         return float(norm)
 
-    return Side(update, step_times(optimizer))
+    return timed(update, optimizer)
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,7 @@ def update_memory(side: str, directory: Path, dtype: torch.dtype, batch: Batch) 
     """Bytes of two updates, from the loading of the weights on, in a process that has done one before."""
 
     def updates(batch: Batch) -> None:
-        update = SIDES[side](directory, dtype, batch).update
+        update = SIDES[side](directory, dtype, batch)
         update(), update()
 
     updates(batch.select(range(GROUP)))
@@ -271,19 +277,26 @@ class Measured:
         return median(whole - step for whole, step in pairs), median(step for _, step in pairs)
 
 
-def measure(work: Work, turns: int) -> Measured:
+def measure(work: Work, turns: int, processes: Mapping[str, Elsewhere]) -> Measured:
+    """`processes` has that of each side."""
     batch, dtype = work.batch(), DTYPES[work.dtype]
+    steps: dict[str, list[float]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         directory = write_checkpoint(work.model, Path(scratch))
-        sides = {name: make(directory, dtype, batch) for name, make in SIDES.items()}
-        ours, theirs = (side.update() for side in sides.values())
+        sides = {name: processes[name].side(make, directory, dtype, batch) for name, make in SIDES.items()}
+        ours, theirs = (side().grad_norm for side in sides.values())  # which warms them up
         if not math.isclose(ours, theirs, rel_tol=1e-3 if dtype == torch.float32 else 0.1):
             raise AssertionError(f"{work}: gradient norms {ours} and {theirs} are not of the same work")
-        seconds = take_turns({name: side.update for name, side in sides.items()}, turns)
-        steps = {name: sides[name].step_seconds[-turns:] for name in seconds}
+
+        def turn(name: str) -> Callable[[], None]:
+            return lambda: steps[name].append(sides[name]().step_seconds)
+
+        seconds = take_turns({name: turn(name) for name in sides}, turns, warmup=0)
         config = make_config(directory)
-        del sides
+        for process in processes.values():
+            process.forget()
         memory = {name: in_fresh_process(update_memory, name, directory, dtype, batch) for name in seconds}
+    steps = {name: steps[name] for name in seconds}  # of those that came to the end
     return Measured(seconds, steps, useful_flops(config, batch)[0], memory)
 
 
@@ -309,16 +322,18 @@ def to_rows(runs: Sequence[tuple[Work, Measured]], peaks: dict[str, float]) -> I
         yield cells
 
 
-def experts_against_dense(dtype: str, sequences: int, turns: int) -> list[str]:
-    """A line of the table that holds seqrl's update of moe-64x8 against that of a dense model."""
+def experts_against_dense(dtype: str, sequences: int, turns: int, process: Elsewhere) -> list[str]:
+    """A line of the table that holds seqrl's update of moe-64x8 against that of a dense model, both in
+    seqrl's `process`."""
     batch = Work("moe-64x8", dtype, "log-normal", sequences).batch()
     with tempfile.TemporaryDirectory() as scratch:
         sides, flops = {}, []
         for name in ("moe-64x8", EQUAL_DENSE):
             directory = write_checkpoint(name, Path(scratch) / name.replace(" ", "-"))
-            sides[name] = seqrl_side(directory, DTYPES[dtype], batch).update
+            sides[name] = process.side(seqrl_side, directory, DTYPES[dtype], batch)
             flops.append(useful_flops(make_config(directory), batch)[0])
         seconds = take_turns(sides, turns)
+        process.forget()
     moe, dense = (seconds[name] for name in sides)
     cells = [dtype, str(sequences), f"{median(moe):.3f}", f"{median(dense):.3f}"]
     return [*cells, f"**{Ratio.of(moe, dense)}**", f"{flops[0] / flops[1]:.2f}"]
@@ -326,13 +341,11 @@ def experts_against_dense(dtype: str, sequences: int, turns: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    models = ["dense-25m", "dense-3m", "moe-64x8"]
+    models = ["dense-25m", "moe-64x8"]
     parser.add_argument("--model", nargs="*", choices=[*SHAPES], default=models)
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
-    parser.add_argument("--sequences", nargs="+", type=int, default=[64])
-    parser.add_argument(
-        "--lengths", nargs="+", choices=["log-normal", "equal"], default=["log-normal", "equal"]
-    )
+    parser.add_argument("--sequences", nargs="+", type=int, default=[32])
+    parser.add_argument("--lengths", nargs="+", choices=["log-normal", "equal"], default=["log-normal"])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY")
@@ -347,8 +360,14 @@ def main() -> None:
         for sequences in args.sequences
         for dtype in args.dtype
     ]
-    runs = [(work, measure(work, args.turns)) for work in works]
-    against = [experts_against_dense(d, n, args.turns) for n in args.sequences for d in args.dtype]
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(Elsewhere()) for name in SIDES}
+        runs = [(work, measure(work, args.turns, processes)) for work in works]
+        against = [
+            experts_against_dense(dtype, sequences, args.turns, processes["seqrl"])
+            for sequences in args.sequences
+            for dtype in args.dtype
+        ]
     here |= {f"matrix peak, {dtype}": f"{peak / 1e9:.0f} GFLOP/s" for dtype, peak in peaks.items()}
     of_side = ["passes, s", "optimizer, s", "MFU", "MiB"]
     columns = ["model", "lengths", "sequences", "dtype", *(f"{x}: {c}" for x in SIDES for c in of_side)]
