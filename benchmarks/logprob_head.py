@@ -5,7 +5,7 @@
 Hidden size 1024 and a vocabulary of 151,936, as Qwen3-0.6B has them. Every side gives the log-prob and the
 entropy of each token and the gradients of hidden states and weight, all of the same numbers, temperature 1;
 entropies carry no gradient, as in training without an entropy term. First results are compared, then
-time is taken in turns, and the peak of memory in a process for each.
+time is taken in turns and the peak of memory, both in processes of each side's own.
 
 - all logits: one product, `log_softmax`, autograd.
 - verl: `FusedLinearForPPO`, its torch version (the other one wants Triton).
@@ -21,8 +21,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
@@ -31,7 +31,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.measure import Ratio, in_fresh_process, peak_memory, setting, table, take_turns, write_results
+from benchmarks.measure import (
+    Elsewhere,
+    Ratio,
+    in_fresh_process,
+    peak_memory,
+    setting,
+    table,
+    take_turns,
+    write_results,
+)
 from seqrl.training.head import Logits, token_statistics
 
 HIDDEN, VOCABULARY, SEQUENCE = 1024, 151_936, 512
@@ -173,13 +182,16 @@ def importable() -> dict[str, Callable[[Numbers], dict[str, Tensor]]]:
     return found
 
 
+def warm(name: str, dtype: torch.dtype) -> Callable[[Numbers], dict[str, Tensor]]:
+    """A side whose libraries are loaded and whose kernels are compiled."""
+    run = SIDES[name]()
+    run(Numbers.random(16, dtype))
+    return run
+
+
 def memory(name: str, tokens: int, dtype: torch.dtype) -> int:
     """Bytes at the peak above inputs; for a process of its own."""
-    run = SIDES[name]()
-    few = Numbers.random(min(tokens, 16), dtype)
-    run(few)  # libraries loaded and kernels compiled
-    del few
-    numbers = Numbers.random(tokens, dtype)
+    run, numbers = warm(name, dtype), Numbers.random(tokens, dtype)
     return peak_memory(lambda: run(numbers))[1]
 
 
@@ -191,18 +203,31 @@ def disagreement(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str
     }
 
 
-def measure(tokens: int, dtype: torch.dtype, turns: int) -> dict[str, dict[str, Any]]:
-    """Of each side: seconds of each turn, bytes at the peak, and how far its results are from ours."""
+def disagreements(tokens: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """How far each side that imports here is from seqrl, whose own are none."""
     sides, numbers = importable(), Numbers.random(tokens, dtype)
     ours = sides["seqrl"](numbers)
-    apart = {name: disagreement(ours, run(numbers)) for name, run in sides.items() if name != "seqrl"}
-    del ours
-    seconds = take_turns({name: partial(run, numbers) for name, run in sides.items()}, turns, warmup=0)
+    return {name: disagreement(ours, run(numbers)) if name != "seqrl" else {} for name, run in sides.items()}
+
+
+def timed_side(name: str, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+    run, numbers = warm(name, dtype), Numbers.random(tokens, dtype)
+    return lambda: run(numbers).clear()  # results of gigabytes stay where they are
+
+
+def measure(tokens: int, dtype: torch.dtype, turns: int) -> dict[str, dict[str, Any]]:
+    """Of each side: seconds of each turn, bytes at the peak, and how far its results are from ours."""
+    apart = in_fresh_process(disagreements, tokens, dtype)
+    with ExitStack() as stack:
+        sides = {
+            name: stack.enter_context(Elsewhere()).side(timed_side, name, tokens, dtype) for name in apart
+        }
+        seconds = take_turns(sides, turns, warmup=0)
     return {
         name: {
             "seconds": seconds[name],
             "bytes": in_fresh_process(memory, name, tokens, dtype),
-            "from ours": apart.get(name, {}),
+            "from ours": apart[name],
         }
         for name in seconds
     }

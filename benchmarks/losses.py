@@ -189,14 +189,17 @@ def memory_in_processes() -> dict[str, dict[str, int]]:
 
 
 def share_of_step(turns: int) -> dict[str, float]:
-    """Seconds of a step of 32 prompts x 8 responses of up to 64 tokens on the quickstart's model, untrained,
-    and of its advantages and losses (forward, backward down to the log-probs, diagnostics) alone."""
-    from benchmarks.step import Seqrl, write_model
+    """Seconds of a step of 32 prompts x 8 responses of up to 64 tokens on an untrained mixture of
+    8 experts, and of its advantages and losses alone (forward, backward down to the log-probs, diagnostics).
+    """
+    from benchmarks.step import WORKLOADS, Seqrl, make_model
     from seqrl.trainer.clock import Clock
     from seqrl.training.objective import Counts
 
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Seqrl(write_model("random", Path(scratch)), Path(scratch) / "run").trainer
+        workload = WORKLOADS["up-to-64"]
+        model = make_model("moe-8x2", workload, Path(scratch))
+        trainer = Seqrl(model, Path(scratch) / "run", limit=workload.limit, dtype="float32").trainer
         steps, parts, lengths = [], [], []
         for _ in range(turns + 1):
             start = time.perf_counter()
@@ -230,7 +233,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     if step := results.get("step"):
         lines += [
             "\n## Share of a training step\n",
-            "32 prompts x 8 responses of up to 64 tokens, the quickstart's model.\n",
+            "32 prompts x 8 responses of up to 64 tokens, 8 experts, untrained.\n",
             "| step, s | losses and advantages, s | share | response, tokens |\n|---|---|---|---|",
             f"| {step['step, seconds']:.2f} | {step['losses and advantages, seconds']:.4f} "
             f"| {100 * step['share']:.2f}% | {step['response, tokens']:.1f} |",

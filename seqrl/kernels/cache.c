@@ -99,18 +99,24 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
                    const int64_t *prompt, const int64_t *prompt_columns, const uint32_t *own_keys,
                    const void *own_values, long own_blocks, const int64_t *own, const int64_t *own_columns,
                    float *sums, void *out) {
-#pragma omp parallel for schedule(dynamic, 4)
-    for (long task = 0; task < rows * kv_heads; task++) {
+    long tasks = rows * kv_heads, chunk = tasks < 256 ? 1 : 16;
+#pragma omp parallel for schedule(dynamic, chunk)
+    for (long task = 0; task < tasks; task++) {
         long r = task / kv_heads, first = task * s.group;
         long prompt_column = (prompt[r] * kv_heads + task % kv_heads) * prompt_blocks * LANES;
         long own_column = (own[r] * kv_heads + task % kv_heads) * own_blocks * LANES;
         const uint32_t *pk = prompt_keys + prompt_column * s.words, *ok = own_keys + own_column * s.words;
         const void *pv = at(pairs, prompt_values, prompt_column * s.size);
         const void *ov = at(pairs, own_values, own_column * s.size);
-        /* Other rows have just seen the prompt; the row's own columns are far away. */
-        for (long i = 0; i < own_columns[r] * s.words; i += LANES) {
-            __builtin_prefetch(ok + i);
-            __builtin_prefetch((const uint32_t *)ov + i);
+        /* Other rows have just seen the prompt; the own columns of the next task are far away. */
+        if (task + 1 < tasks) {
+            long next = (task + 1) / kv_heads;
+            long column = (own[next] * kv_heads + (task + 1) % kv_heads) * own_blocks * LANES;
+            const uint32_t *k = own_keys + column * s.words, *v = at(pairs, own_values, column * s.size);
+            for (long i = 0; i < own_columns[next] * s.words; i += LANES) {
+                __builtin_prefetch(k + i, 0, 2);
+                __builtin_prefetch(v + i, 0, 2);
+            }
         }
         for (long h = 0; h < s.group; h += 2) {
             float most[2] = {-3e38f, -3e38f}, total[2] = {0};

@@ -43,11 +43,16 @@ static inline vf load_bf16(const bf16 *p) {
     return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16);
 }
 
-/* Rounds to the nearest, ties to even; a NaN stays one. */
+/* Rounds to the nearest, ties to even; a NaN stays one. The processor's own way takes what is below 2^-126
+   for 0. */
 static inline void store_bf16(bf16 *p, vf x) {
+#ifdef __AVX512BF16__
+    *(vh *)p = (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
     vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vu nan = (vu)(x != x);
     *(vh *)p = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), vh);
+#endif
 }
 
 /* Pairs of bfloat16, 16 in each: the products of the low halves and of the high ones, both added to c. */

@@ -38,10 +38,9 @@ INLINE word of_rows(int pairs, const void *one, const void *two) {
 /* The same of numbers that are rounded for it. */
 INLINE word of_vectors(int pairs, vf one, vf two) {
     if (!pairs) return (word)one;
-    word low = (word)one, high = (word)two;
-    low = (low + 0x7fff + ((low >> 16) & 1)) >> 16;
-    high = (high + 0x7fff + ((high >> 16) & 1)) & 0xffff0000u;
-    return low | high;
+    bf16 rounded[2 * LANES];
+    store_bf16(rounded, one), store_bf16(rounded + LANES, two);
+    return of_rows(pairs, rounded, rounded + LANES);
 }
 
 #endif
