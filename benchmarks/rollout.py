@@ -145,11 +145,20 @@ def tokens_drawn(responses: Sequence[Sequence[int]], eos: int) -> int:
 
 
 class Vllm:
-    """A process of vLLM's environment that holds one engine; see vllm_worker.py."""
+    """A process of vLLM's environment that holds one engine; see vllm_worker.py.
+
+    Between its turns it is stopped: its threads spin on after a request, on cores that others have then.
+    """
 
     def __init__(self, process: subprocess.Popen[str], log: IO[str]) -> None:
         self._process, self._log = process, log
         self._read()
+        self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """Its input has an end, and so has it."""
+        self._signal(signal.SIGCONT)
+        self._process.communicate(timeout=30)
 
     def side(self, work: Work, tokenizer: Any) -> Side:
         request = {
@@ -161,10 +170,16 @@ class Vllm:
 
         def run() -> int:
             assert self._process.stdin is not None
+            self._signal(signal.SIGCONT)
             print(json.dumps(request), file=self._process.stdin, flush=True)
-            return self._read()["tokens"]
+            tokens = self._read()["tokens"]
+            self._signal(signal.SIGSTOP)
+            return tokens
 
         return run
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self._process.pid, number)  # vLLM has processes of its own
 
     def _read(self) -> dict[str, int]:
         """Raises RuntimeError, with the end of vLLM's log, where it is no more."""
@@ -192,8 +207,9 @@ def start_vllm(
         ) as process,
     ):
         try:
-            yield Vllm(process, log)
-            process.communicate(timeout=30)  # its input has an end, and so has it
+            engine = Vllm(process, log)
+            yield engine
+            engine.close()
         finally:
             with suppress(ProcessLookupError):  # vLLM's own processes may outlive it
                 os.killpg(process.pid, signal.SIGKILL)

@@ -194,3 +194,21 @@ def test_no_home_is_a_warning(
     assert loaded(room).library() is None
     (message,) = warnings(caplog)
     assert "home" in message
+
+
+@pytest.mark.skipif(not hasattr(CDLL(None), "mallopt"), reason="not glibc")
+def test_freed_memory_is_taken_again() -> None:
+    """Blocks as large as a layer's: after the first of them no page is new."""
+    code = """
+import resource, torch
+from seqrl.kernels import build
+assert build.library() is not None
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)  # 64 MiB, 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*[faults() for _ in range(3)])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, *later = map(int, run.stdout.split())
+    assert max(later) < first / 10
