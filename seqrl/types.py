@@ -94,27 +94,20 @@ class Batch:
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], rewards: Sequence[Reward]) -> Batch:
         """Lays the sequences of N rollouts one behind the other."""
-        prompts = [torch.tensor(rollout.prompt.tokens) for rollout in rollouts]
-        answers = [rollout.tokens for rollout in rollouts]
-        lengths = [prompt.numel() + answer.numel() for prompt, answer in zip(prompts, answers, strict=True)]
-
-        def flat(of_prompt: Sequence[Tensor], of_answer: Sequence[Tensor]) -> Tensor:
-            pairs = zip(of_prompt, of_answer, strict=True)
-            return torch.cat([part for pair in pairs for part in pair])
-
+        lengths = torch.tensor([[len(rollout.prompt.tokens), rollout.tokens.numel()] for rollout in rollouts])
+        mask = torch.tensor([False, True]).repeat(len(rollouts)).repeat_interleave(lengths.flatten())
+        tokens, logprobs = torch.empty(mask.shape, dtype=torch.long), torch.zeros(mask.shape)
+        tokens[~mask] = torch.tensor([token for rollout in rollouts for token in rollout.prompt.tokens])
+        tokens[mask] = torch.cat([rollout.tokens for rollout in rollouts])
+        logprobs[mask] = torch.cat([rollout.logprobs for rollout in rollouts])
         return cls(
-            tokens=flat(prompts, answers),
-            response_mask=flat(
-                [torch.zeros_like(p, dtype=torch.bool) for p in prompts],
-                [torch.ones_like(a, dtype=torch.bool) for a in answers],
-            ),
-            offsets=to_offsets(torch.tensor(lengths)),
+            tokens=tokens,
+            response_mask=mask,
+            offsets=to_offsets(lengths.sum(1)),
             group=torch.tensor([rollout.group for rollout in rollouts]),
             policy_version=torch.tensor([rollout.policy_version for rollout in rollouts]),
             reward=torch.tensor([reward.value for reward in rewards], dtype=torch.float32),
-            rollout_logprobs=flat(
-                [torch.zeros(p.numel()) for p in prompts], [rollout.logprobs for rollout in rollouts]
-            ),
+            rollout_logprobs=logprobs,
         )
 
     def __len__(self) -> int:

@@ -41,11 +41,15 @@ class Experts(NamedTuple):
     top_k: int
     normalise: bool
     """Scale the `top_k` routing weights to sum to 1."""
+    asked: list[Tensor] | None = None
+    """Takes the experts of each token, [T, k], where somebody wants to know them."""
 
     def __call__(self, y: Tensor) -> Tensor:
         """The output [T, H] for `y` [T, H]."""
         probs = linear(y, self.router).softmax(-1, dtype=torch.promote_types(y.dtype, torch.float32))
         weights, chosen = probs.topk(self.top_k, dim=-1)  # [T, k]
+        if self.asked is not None:
+            self.asked.append(chosen)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
         return mixture(y, chosen, weights, self.gate_up, self.down)

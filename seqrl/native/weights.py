@@ -121,10 +121,18 @@ def _is_changed(module: Any) -> bool:
     return bool(hooks) or foreign or "forward" in vars(module)
 
 
-def read_weights(model: Any, dtype: torch.dtype, *, length: int, pack: bool = False) -> Weights:
+def read_weights(
+    model: Any,
+    dtype: torch.dtype,
+    *,
+    length: int,
+    pack: bool = False,
+    asked: list[Tensor] | None = None,
+) -> Weights:
     """The weights of `model` as they are now, matrices in `dtype`, for positions below `length`.
 
-    `pack` lays them out for many small products without gradient, where this device has a way to.
+    `pack` lays them out for many small products without gradient, where this device has a way to. `asked`
+    takes the experts that a forward chooses, layer by layer.
     """
     pack = pack and packable(dtype, model.device)
 
@@ -153,6 +161,7 @@ def read_weights(model: Any, dtype: torch.dtype, *, length: int, pack: bool = Fa
             down=PackedExperts.of(down) if packs else down,
             top_k=module.gate.top_k,
             normalise=module.gate.norm_topk_prob,
+            asked=asked,
         )
 
     def layer(module: Any) -> Layer:

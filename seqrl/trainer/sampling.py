@@ -87,7 +87,7 @@ class ResponseSampler:
             baseline = values.repeat_interleave(torch.tensor([len(group.rollouts) for group in groups]))
             metrics["reward/greedy_baseline"] = float(values.mean())
         rollouts = [
-            replace(rollout, group=number)
+            rollout if rollout.group == number else replace(rollout, group=number)
             for number, group in enumerate(groups)
             for rollout in group.rollouts
         ]

@@ -8,15 +8,13 @@ Shape legend: T tokens, k experts per token, P = T k pairs, E experts, H hidden.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqrl.native.experts import mixture
-from seqrl.training.packing import Layout
-from seqrl.types import Batch
 
 EXPERTS_NAME = "sorted"
 
@@ -50,24 +48,16 @@ def expert_layers(model: Any) -> list[Any]:
     return [m for m in model.modules() if "top_k_index" in inspect.signature(m.forward).parameters]
 
 
-def response_routing(model: Any, layers: Sequence[Any], part: Batch) -> list[Tensor]:
-    """The experts each response token of `part` is sent to, layer by layer: [R, k] each, on the CPU."""
-    layout = Layout.of_batch(part)
-    tokens = layout.source[part.response_mask]
+def hooked_routing(layers: Sequence[Any], run: Callable[[], Any]) -> list[Tensor]:
+    """The experts that `layers` send each token to while `run` calls their model, layer by layer: [T', k]."""
     chosen: list[Tensor] = []
 
     def take(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        experts = named["top_k_index"] if "top_k_index" in named else arguments[1]
-        chosen.append(experts[tokens].cpu())
+        chosen.append(named["top_k_index"] if "top_k_index" in named else arguments[1])
 
     hooks = [layer.register_forward_pre_hook(take, with_kwargs=True) for layer in layers]
     try:
-        model.base_model(
-            input_ids=part.tokens[layout.computed][None],
-            position_ids=layout.positions[None],
-            use_cache=False,
-            layout=layout,
-        )
+        run()
     finally:
         for hook in hooks:
             hook.remove()

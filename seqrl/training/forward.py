@@ -6,7 +6,7 @@ attention (`packing.flat_attention`). Both see flat tokens, the prompt of a grou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seqrl.kernels import fits, recurring, self_attention, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights, why_unreadable
-from seqrl.training.experts import EXPERTS_NAME
+from seqrl.training.experts import EXPERTS_NAME, hooked_routing
 from seqrl.training.packing import Layout, padded_attention, varlen_attention
 from seqrl.types import Batch
 
@@ -37,15 +37,28 @@ def is_native(model: Any) -> bool:
     )
 
 
-def _native(model: Any, part: Batch, layout: Layout) -> Tensor:
-    """[T', H]"""
+def response_routing(model: Any, layers: Sequence[Any], part: Batch) -> list[Tensor]:
+    """The experts each response token of `part` is sent to by `layers` (`experts.expert_layers`), layer by
+    layer: [R, k] each, on the CPU. Without gradient."""
+    layout = Layout.of_batch(part)
+    asked: list[Tensor] = []
+    if is_native(model):
+        _native(model, part, layout, asked)
+    else:
+        asked = hooked_routing(layers, lambda: _base(model, part, layout))
+    tokens = layout.source[part.response_mask]
+    return [chosen[tokens].cpu() for chosen in asked]
+
+
+def _native(model: Any, part: Batch, layout: Layout, asked: list[Tensor] | None = None) -> Tensor:
+    """[T', H]; `asked` takes the experts of each token, layer by layer."""
     tokens, positions = part.tokens[layout.computed], layout.positions
     device = tokens.device.type
     extra = recurring(len(tokens), tokens.device) - len(tokens)  # tokens that nobody sees
     tokens, positions = F.pad(tokens, (0, extra)), F.pad(positions, (0, extra))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     with torch.autocast(device, enabled=False):  # types are chosen here, operation by operation
-        w = read_weights(model, dtype, length=layout.longest)
+        w = read_weights(model, dtype, length=layout.longest, asked=asked)
         return hidden_states(w, tokens, _attention(w, layout, positions))
 
 
@@ -78,6 +91,16 @@ def _by_transformers(model: Any, part: Batch, layout: Layout, positions: Tensor)
     with _head_input(model.get_output_embeddings(), take):
         own_logits(model, part, layout)
     return seen[0]
+
+
+def _base(model: Any, part: Batch, layout: Layout) -> Any:
+    """The model without its head."""
+    return model.base_model(
+        input_ids=part.tokens[layout.computed][None],
+        position_ids=layout.positions[None],
+        use_cache=False,
+        layout=layout,
+    )
 
 
 def own_logits(model: Any, part: Batch, layout: Layout) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 from seqrl.config.schema import OptimConfig
 from seqrl.errors import UserError
 from seqrl.training.base import EngineState, Update
-from seqrl.training.experts import expert_layers, response_routing
+from seqrl.training.experts import expert_layers
+from seqrl.training.forward import response_routing
 from seqrl.training.logprobs import TokenStatistics, response_statistics
 from seqrl.training.objective import Counts, Diagnostics, Objective
 from seqrl.training.optim import learning_rate, load_optimizer_tensors, make_adamw, optimizer_tensors

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from seqrl.algos.drift import expert_drift
-from seqrl.training.experts import expert_layers, response_routing
+from seqrl.training.experts import expert_layers
+from seqrl.training.forward import response_routing
 from seqrl.types import Batch
 
 LENGTHS = [(3, 9), (3, 1), (2, 0), (4, 14), (5, 2)]
