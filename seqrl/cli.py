@@ -26,7 +26,7 @@ usage: seqrl COMMAND [--config-name NAME] [--config-path DIR] [key=value ...]
 
 commands:
   quickstart   make a tiny model, teach it, improve it with GSPO, show the result
-               (seed=N out=DIR; about five minutes on two cores)
+               (seed=N out=DIR; about two minutes on two cores)
   data         NAME: prepare a well-known set (gsm8k, math, dapo-math-17k ...);
                inspect FILE: counts, lengths, duplicates, what would be refused
   check        the arguments of train: what is wrong, what has no effect, the batch plan
