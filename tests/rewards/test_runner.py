@@ -156,7 +156,11 @@ def gone(pid):
 DEATHS = ["leave", "sys_exit", "interrupt", "segfault", "allocate", "recurse", "overflow_the_stack"]
 
 
-@pytest.mark.parametrize("kind", [*DEATHS, "close_all", "garbage", "kill_parent"])
+# On a busy machine a worker that dies with the parent can take a neighbour's verdict with it: a weakness.
+KILL_PARENT = pytest.param("kill_parent", marks=pytest.mark.alone)
+
+
+@pytest.mark.parametrize("kind", [*DEATHS, "close_all", "garbage", KILL_PARENT])
 def test_a_judge_that_dies_takes_only_its_own_sample_with_it(runner, judge, kind):
     assert one(runner, judge, kind) == Reward(0.0, "crashed", failed=True)
 
