@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pickle
+import select
 import selectors
 import signal
 import socket
@@ -42,6 +43,8 @@ class Worker:
     """When it began with that, seconds of the monotonic clock."""
     met: set[str] = field(default_factory=set)
     """Judges it has called."""
+    orphan: bool = False
+    """Its zygote is gone, and takes it along: what it is at may have done that, or what another is at."""
     slow: bool = False
     """Another has taken its place; it goes on with the one job that it has."""
     stopped: bool = False
@@ -165,13 +168,23 @@ class Pool:
         except (OSError, IndexError):
             return False
 
+    def is_orphan(self, worker: Worker) -> bool:
+        """Also before `wait` has noticed: a zygote that ends closes its socket before its workers end."""
+        poll = select.poll()
+        poll.register(self._control, 0)
+        return worker.orphan or any(events & select.POLLHUP for _, events in poll.poll(0))
+
     def discard(self, worker: Worker) -> None:
         """Ends the worker and what it has started."""
         self._selector.unregister(worker.socket)
         worker.socket.close()
         self.workers.remove(worker)
         self.full = False
-        self._command(KILL, worker.pid)
+        if worker.orphan:  # nobody else would
+            with contextlib.suppress(OSError):
+                os.killpg(worker.pid, signal.SIGKILL)
+        else:
+            self._command(KILL, worker.pid)
 
     def close(self) -> None:
         for worker in self.workers:
@@ -261,6 +274,7 @@ class Pool:
         self._selector.close()
         self._start()
         for worker in self.workers:  # each is still to be read to its end
+            worker.orphan = True
             self._selector.register(worker.socket, selectors.EVENT_READ, worker)
         for _ in range(self.coming):
             self._command(FORK, 0)

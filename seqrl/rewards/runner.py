@@ -240,6 +240,9 @@ class _Run:
         self._queue = deque(numbers)
         self._suspects: deque[int] = deque()
         """Their worker died under them, but it was not fresh: they are judged once more, by one that is."""
+        self._accused: deque[int] = deque()
+        """Their worker died with the zygote, which one of them may have killed: each is judged once more with
+        nobody else at work, until the one that does it again is found."""
         self._longest = LONGEST_VERDICT * max([len(job.samples) for job in jobs.values()], default=1)
         self._looked = self._woken = 0.0
         self._alone: float | None = None
@@ -259,7 +262,12 @@ class _Run:
             raise
 
     def _hand_out(self) -> None:
-        workers = [worker for worker in self._pool.workers if not worker.slow]
+        while self._accused and self._accused[0] in self.outcomes:
+            self._accused.popleft()
+        if self._accused:
+            self._try_alone()
+            return
+        workers = [worker for worker in self._pool.workers if not worker.slow and not worker.orphan]
         idle = [worker for worker in workers if not worker.jobs]
         free = self._size - len(workers) + len(idle)
         for worker in idle[: max(0, free)]:
@@ -275,6 +283,15 @@ class _Run:
         for _ in range(max(len(self._suspects), wanted - len(workers)) - self._pool.coming):
             if not self._pool.full:
                 self._pool.ask()
+
+    def _try_alone(self) -> None:
+        if any(worker.jobs for worker in self._pool.workers):
+            return
+        fresh = [worker for worker in self._pool.workers if not worker.met and not worker.orphan]
+        if fresh:
+            self._give(fresh[0], [self._accused[0]])
+        elif not self._pool.coming:
+            self._pool.ask()
 
     def _give(self, worker: Worker, numbers: list[int]) -> None:
         worker.jobs.extend(numbers)
@@ -310,11 +327,17 @@ class _Run:
 
     def _lost(self, worker: Worker) -> None:
         """It ended, or answered what nobody asked; whether it was this task's fault, a fresh worker tells."""
-        if worker.jobs and worker.met:
-            self._suspects.append(worker.jobs.popleft())
-        elif worker.jobs:
+        if worker.jobs:
             number = worker.jobs.popleft()
-            self.outcomes[number] = [CRASHED] * len(self._jobs[number].samples)
+            if self._pool.is_orphan(worker) and number not in self._accused:
+                (self._accused.append if worker.slow else self._accused.appendleft)(number)
+            elif worker.met:
+                self._suspects.append(number)
+            else:
+                self.outcomes[number] = [CRASHED] * len(self._jobs[number].samples)
+                if self._pool.is_orphan(worker):  # found: the others are not accused any more
+                    self._queue.extendleft(other for other in self._accused if other != number)
+                    self._accused.clear()
         self._discard(worker)
 
     def _look_at_clock(self) -> None:
@@ -375,14 +398,16 @@ class _Run:
                 self._pool.go_on(worker)
 
     def _waiting(self) -> bool:
-        """Whether tasks wait for a worker."""
+        """Whether tasks wait for a worker, which they could have now."""
+        if self._accused:
+            return False
         normal = (worker for worker in self._pool.workers if not worker.slow)
         return bool(self._queue or self._suspects) or any(len(worker.jobs) > 1 for worker in normal)
 
     def _hangs(self, worker: Worker, now: float) -> bool:
         """Whether another worker should take its place: not where nobody waits for that, nor where nothing is
         known of the judge yet (a first call, which may load something, has a pace of its own)."""
-        waiting = self._queue or self._suspects or len(worker.jobs) > 1
+        waiting = not self._accused and (self._queue or self._suspects or len(worker.jobs) > 1)
         judge = self._jobs[worker.jobs[0]].judge
         if not waiting or self._pool.full or now < worker.since + self._usual(judge, judge in worker.met):
             return False

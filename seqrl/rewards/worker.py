@@ -75,7 +75,7 @@ def main(control: int) -> None:
 class Zygote:
     def __init__(self, trainer: socket.socket, judges: Judges) -> None:
         self._trainer, self._judges = trainer, judges
-        self._parent = os.getppid()
+        self._pid, self._parent = os.getpid(), os.getppid()
         self._workers: set[int] = set()
         self._dying: set[int] = set()
 
@@ -110,7 +110,7 @@ class Zygote:
             try:
                 os.close(self._trainer.detach())
                 ours.close()
-                serve(theirs, self._judges)
+                serve(theirs, self._judges, self._pid)
             finally:
                 os._exit(1)
         with contextlib.suppress(OSError):  # both sides do it, since either may be first
@@ -138,9 +138,9 @@ class Zygote:
             self._kill(pid)
 
 
-def serve(trainer: socket.socket, judges: Judges) -> NoReturn:
-    """A worker: one frame in, one frame out, until the trainer closes its end."""
-    me, zygote = os.getpid(), os.getppid()
+def serve(trainer: socket.socket, judges: Judges, zygote: int) -> NoReturn:
+    """A worker: one frame in, one frame out, until the trainer closes its end or the zygote dies."""
+    me = os.getpid()
     os.setpgid(0, 0)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != zygote:

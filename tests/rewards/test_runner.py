@@ -156,13 +156,16 @@ def gone(pid):
 DEATHS = ["leave", "sys_exit", "interrupt", "segfault", "allocate", "recurse", "overflow_the_stack"]
 
 
-# On a busy machine a worker that dies with the parent can take a neighbour's verdict with it: a weakness.
-KILL_PARENT = pytest.param("kill_parent", marks=pytest.mark.alone)
-
-
-@pytest.mark.parametrize("kind", [*DEATHS, "close_all", "garbage", KILL_PARENT])
+@pytest.mark.parametrize("kind", [*DEATHS, "close_all", "garbage", "kill_parent"])
 def test_a_judge_that_dies_takes_only_its_own_sample_with_it(runner, judge, kind):
     assert one(runner, judge, kind) == Reward(0.0, "crashed", failed=True)
+
+
+def test_who_kills_the_zygote_is_found_among_many(runner, judge):
+    """Whoever was at work then is judged again, alone; nobody else loses anything."""
+    kinds = ["kill_parent" if i in (7, 40) else "sleep" if i % 2 else "x" for i in range(60)]
+    rewards = runner.run([task(judge, kind, "x", seconds=0.01) for kind in kinds])
+    assert [r.why for r in rewards] == ["crashed" if k == "kill_parent" else "scored" for k in kinds]
 
 
 @pytest.mark.parametrize("kind", ["hang", "sleep", "stop", "daemon", "program"])
