@@ -139,9 +139,13 @@ class Batch:
                 changed[name] = value[index if name in PER_SEQUENCE else token_index]
         return replace(self, **changed)
 
+    def token_index(self, sequences: Tensor | Sequence[int]) -> Tensor:
+        """Where the tokens of `select(sequences)` lie in this batch: indices into T."""
+        return self._token_index(self._sequence_index(sequences))
+
     def response_token_index(self, sequences: Tensor | Sequence[int]) -> Tensor:
-        """Where the response tokens of `select(sequences)` lie in this batch: indices into T."""
-        token_index = self._token_index(self._sequence_index(sequences))
+        """The same of its response tokens."""
+        token_index = self.token_index(sequences)
         return token_index[self.response_mask[token_index]]
 
     def to(self, device: torch.device) -> Batch:

@@ -16,10 +16,12 @@ from seqrl.kernels.experts import (
 from seqrl.kernels.head import draw
 from seqrl.kernels.layers import add_norm, gated, gated_backward
 from seqrl.kernels.products import linear, packable, product, recurring
+from seqrl.kernels.record import Record, current
 
 __all__ = [
     "Cache",
     "PackedExperts",
+    "Record",
     "Spans",
     "Turn",
     "add_norm",
@@ -27,6 +29,7 @@ __all__ = [
     "attend_cached",
     "combined",
     "combined_backward",
+    "current",
     "draw",
     "expert_products_backward",
     "fits",

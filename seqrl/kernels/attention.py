@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqrl.kernels.call import LANES, SUFFIX, call, fits, types_of, words_of
+from seqrl.kernels.record import current, made
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class _SelfAttention(torch.autograd.Function):
         turn: Turn,
         spans: Spans,
     ) -> Tensor:
-        out, lse = attend(*turned(qkv, positions, turn, q_weight, k_weight), spans)
+        out, lse = made(lambda: attend(*turned(qkv, positions, turn, q_weight, k_weight), spans))
         ctx.save_for_backward(qkv, q_weight, k_weight, positions, out, lse)
         ctx.turn, ctx.spans = turn, spans
         return out.flatten(1)
@@ -161,7 +162,7 @@ def self_attention(
     spans: Spans,
 ) -> Tensor:
     """Causal attention of `qkv` [T, (Q + 2K) D] in C (see `fits`): [T, Q D]."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or current() is not None:
         return _SelfAttention.apply(qkv, q_weight, k_weight, positions, turn, spans)
     return attend(*turned(qkv, positions, turn, q_weight, k_weight), spans)[0].flatten(1)
 

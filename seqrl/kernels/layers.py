@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqrl.kernels.call import SUFFIX, call, fits, types_of
+from seqrl.kernels.record import current, made
 
 
 class _AddNorm(torch.autograd.Function):
@@ -23,8 +24,13 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        rstd = x.new_empty(len(x), dtype=torch.float32)
-        out, y = _add_norm_in_c(x, delta, weight, eps, dtype, rstd)
+        def compute() -> tuple[Tensor, ...]:
+            rstd = x.new_empty(len(x), dtype=torch.float32)
+            return *_add_norm_in_c(x, delta, weight, eps, dtype, rstd), rstd
+
+        out, y, rstd = made(compute)
+        if delta is not None and (record := current()) is not None:
+            record.forget(delta)
         ctx.save_for_backward(out, weight, rstd)
         ctx.dtype = dtype
         ctx.set_materialize_grads(False)
@@ -60,7 +66,7 @@ def add_norm(
         x = x if delta is None else x + delta
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return x, (F.rms_norm(wide, x.shape[1:], eps=eps) * weight).to(dtype)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or current() is not None:
         return _AddNorm.apply(x, delta, weight, eps, dtype)
     return _add_norm_in_c(x, delta, weight, eps, dtype, None)
 
@@ -81,8 +87,13 @@ def gated(gate_up: Tensor) -> Tensor:
     if not fits(gate_up.dtype, gate_up.dtype, gate_up.device, width):
         gate, up = gate_up.chunk(2, dim=1)
         return F.silu(gate) * up
-    if gate_up.requires_grad and torch.is_grad_enabled():
+    if (gate_up.requires_grad and torch.is_grad_enabled()) or current() is not None:
         return _Gated.apply(gate_up)
+    return _gated_in_c(gate_up)
+
+
+def _gated_in_c(gate_up: Tensor) -> Tensor:
+    width = gate_up.shape[1] // 2
     out = gate_up.new_empty(len(gate_up), width)
     call(f"gate_{SUFFIX[gate_up.dtype]}", len(gate_up), width, gate_up, out)
     return out
@@ -104,7 +115,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return gated(gate_up)
+        (out,) = made(lambda: (_gated_in_c(gate_up),))
+        return out
 
     @staticmethod
     @once_differentiable

@@ -20,6 +20,7 @@ from seqrl.kernels import (
     PackedExperts,
     combined,
     combined_backward,
+    current,
     expert_products_backward,
     gated,
     gated_backward,
@@ -89,8 +90,16 @@ class _Mixture(torch.autograd.Function):
         gate_up: Tensor,
         down: Tensor,
     ) -> Tensor:
-        inner = PackedExperts.of(gate_up)(x, token, ends)
-        out = PackedExperts.of(down)(gated(inner), None, ends)
+        def compute() -> tuple[Tensor, ...]:
+            inner = PackedExperts.of(gate_up)(x, token, ends)
+            return inner, PackedExperts.of(down)(gated(inner), None, ends), place
+
+        record = current()
+        inner, out, recorded = compute() if record is None else record.made(compute)
+        if record is not None and record.rows is not None:
+            pairs = torch.empty_like(place)  # where each pair was among those that were recorded
+            pairs.view(-1)[place.flatten()] = record.rows_of(recorded).flatten()
+            inner, out = (x.index_select(0, pairs.flatten()) for x in (inner, out))
         ctx.save_for_backward(x, token, place, weights, ends, gate_up, down, inner, out)
         return combined(out, place, weights)
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from seqrl.kernels import add_norm
-from seqrl.native.weights import Layer, Weights
+from seqrl.kernels import PackedExperts, add_norm, fits
+from seqrl.native.experts import Experts
+from seqrl.native.weights import Dense, Layer, Weights
 
 Attention = Callable[[int, Layer, Tensor], Tensor]
 """Takes a layer's index, the layer and its projections [T, (Q + 2K) D]; returns [T, Q D]."""
@@ -38,3 +39,21 @@ def hidden_states(w: Weights, tokens: Tensor, attention: Attention) -> Tensor:
         else:
             x, delta = run(index, layer, x, delta)
     return add_norm(x, delta, *w.norm, w.dtype)[1]
+
+
+def can_record(w: Weights) -> bool:
+    """Whether `hidden_states` can be recorded and replayed (`kernels.Record`): all is in C, and no layer is
+    run again for its gradient."""
+    stream = w.embedding
+
+    def fit(mlp: Dense | Experts) -> bool:
+        if isinstance(mlp, Dense):
+            return fits(w.dtype, w.dtype, stream.device, mlp.down.weight.shape[1])
+        matrices = (mlp.gate_up, mlp.down)
+        return all(isinstance(x, Tensor) and PackedExperts.fit(x) for x in matrices)
+
+    return (
+        not w.checkpointing
+        and fits(stream.dtype, w.dtype, stream.device, stream.shape[1], w.turn.size // 2)
+        and all(fit(layer.mlp) for layer in w.layers)
+    )

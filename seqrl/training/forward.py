@@ -25,7 +25,7 @@ from seqrl.types import Batch
 def response_hidden(model: Any, part: Batch, layout: Layout, positions: Tensor) -> Tensor:
     """What the head would see at `positions` [R], indices into the computed tokens of `part`: [R, H]."""
     if is_native(model):
-        return _native(model, part, layout).index_select(0, positions)
+        return native_hidden(native_weights(model, layout), part, layout).index_select(0, positions)
     return _by_transformers(model, part, layout, positions)
 
 
@@ -43,23 +43,31 @@ def response_routing(model: Any, layers: Sequence[Any], part: Batch) -> list[Ten
     layout = Layout.of_batch(part)
     asked: list[Tensor] = []
     if is_native(model):
-        _native(model, part, layout, asked)
+        native_hidden(native_weights(model, layout, asked), part, layout)
     else:
         asked = hooked_routing(layers, lambda: _base(model, part, layout))
     tokens = layout.source[part.response_mask]
     return [chosen[tokens].cpu() for chosen in asked]
 
 
-def _native(model: Any, part: Batch, layout: Layout, asked: list[Tensor] | None = None) -> Tensor:
-    """[T', H]; `asked` takes the experts of each token, layer by layer."""
-    tokens, positions = part.tokens[layout.computed], layout.positions
-    device = tokens.device.type
-    extra = recurring(len(tokens), tokens.device) - len(tokens)  # tokens that nobody sees
-    tokens, positions = F.pad(tokens, (0, extra)), F.pad(positions, (0, extra))
+def native_weights(model: Any, layout: Layout, asked: list[Tensor] | None = None) -> Weights:
+    """In the type of autocast, where it is on; `asked` takes the experts of each token, layer by layer."""
+    device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     with torch.autocast(device, enabled=False):  # types are chosen here, operation by operation
-        w = read_weights(model, dtype, length=layout.longest, asked=asked)
+        return read_weights(model, dtype, length=layout.longest, asked=asked)
+
+
+def native_hidden(w: Weights, part: Batch, layout: Layout) -> Tensor:
+    """[T', H] and, behind them, rows that nobody sees."""
+    tokens, positions = (filled_up(x) for x in (part.tokens[layout.computed], layout.positions))
+    with torch.autocast(tokens.device.type, enabled=False):
         return hidden_states(w, tokens, _attention(w, layout, positions))
+
+
+def filled_up(x: Tensor) -> Tensor:
+    """`x` [T], and zeros up to a number that recurs."""
+    return F.pad(x, (0, recurring(len(x), x.device) - len(x)))
 
 
 def _attention(w: Weights, layout: Layout, positions: Tensor) -> Callable[[int, Layer, Tensor], Tensor]:

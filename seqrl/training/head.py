@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from seqrl.kernels import product
 from seqrl.kernels.head import Sums, Tile, exact, fold, gradient
+from seqrl.kernels.record import current, made
 
 MAX_LOGITS = 2**25
 """Most logits held at once, as numbers; more are computed tile by tile, and anew in the backward pass."""
@@ -132,7 +133,8 @@ def token_statistics(
         max_logits: so many are kept for the backward pass, and no tile is larger.
     """
     keep = logits.weight is None or (
-        torch.is_grad_enabled() and tokens.numel() * logits.vocabulary <= max_logits
+        (torch.is_grad_enabled() or current() is not None)
+        and tokens.numel() * logits.vocabulary <= max_logits
     )
     on_cpu = tokens.device.type == "cpu"
     most = min(TILE if on_cpu else LARGE_TILE, max_logits)
@@ -165,25 +167,9 @@ class _Statistics(torch.autograd.Function):
         asked: _Asked,
     ) -> tuple[Tensor | None, ...]:
         logits = Logits(hidden, weight, bias).ready()
-        count, dtype = tokens.numel(), exact(logits.hidden.dtype)
-        sums, ref_sums = (Sums.nothing_yet(count, dtype, hidden.device) for _ in range(2))
-        gap = torch.zeros_like(sums.total)
-        kept = None
-        for rows, columns in asked.tiles(count, logits.vocabulary):
-            tile = Tile(logits.tile(rows, columns), columns.start, tokens[rows], asked.scale)
-            before = sums.largest[rows].clone()
-            fold(tile, sums.of(rows))
-            if reference is not None:
-                theirs = replace(tile, logits=reference.tile(rows, columns))
-                fold(theirs, ref_sums.of(rows))
-                gap[rows].mul_((before - sums.largest[rows]).exp())
-                gap[rows] += _gap(tile, theirs, sums.largest[rows])
-            kept = tile.logits if asked.keep and weight is not None else None
-        log_total, entropy, squares = sums.log_total, sums.entropy, sums.sum_pi_squared
-        ref_log_total = kl = None
-        if reference is not None:
-            ref_log_total = ref_sums.log_total
-            kl = gap / sums.total - log_total + ref_log_total
+        logprobs, *saved = made(lambda: _folded(logits, tokens, reference, asked))
+        kept, log_total, entropy, squares, ref_log_total, kl = saved
+        asked = replace(asked, keep=weight is None or kept is not None)
         ctx.save_for_backward(
             *(logits.hidden, weight, bias, tokens, kept),
             *(log_total, entropy, squares, ref_log_total, kl),
@@ -192,7 +178,7 @@ class _Statistics(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not asked.entropy_gradient:
             ctx.mark_non_differentiable(entropy)
-        return sums.chosen - log_total, entropy, squares, kl
+        return logprobs, entropy, squares, kl
 
     @staticmethod
     @once_differentiable
@@ -229,6 +215,32 @@ class _Statistics(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(ctx.hidden_dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _folded(
+    logits: Logits, tokens: Tensor, reference: Logits | None, asked: _Asked
+) -> tuple[Tensor | None, ...]:
+    """Log-probs, the one tile where it is kept, log-sum-exp, entropy, sum of squares; log-sum-exp of the
+    reference and the KL divergence from it."""
+    count, dtype = tokens.numel(), exact(logits.hidden.dtype)
+    sums, ref_sums = (Sums.nothing_yet(count, dtype, logits.hidden.device) for _ in range(2))
+    gap = torch.zeros_like(sums.total)
+    kept = None
+    for rows, columns in asked.tiles(count, logits.vocabulary):
+        tile = Tile(logits.tile(rows, columns), columns.start, tokens[rows], asked.scale)
+        before = sums.largest[rows].clone()
+        fold(tile, sums.of(rows))
+        if reference is not None:
+            theirs = replace(tile, logits=reference.tile(rows, columns))
+            fold(theirs, ref_sums.of(rows))
+            gap[rows].mul_((before - sums.largest[rows]).exp())
+            gap[rows] += _gap(tile, theirs, sums.largest[rows])
+        kept = tile.logits if asked.keep and logits.weight is not None else None
+    log_total, ref_log_total, kl = sums.log_total, None, None
+    if reference is not None:
+        ref_log_total = ref_sums.log_total
+        kl = gap / sums.total - log_total + ref_log_total
+    return sums.chosen - log_total, kept, log_total, sums.entropy, sums.sum_pi_squared, ref_log_total, kl
 
 
 def _factors(grads: tuple[Tensor | None, ...], entropy: Tensor, squares: Tensor, kl: Tensor | None) -> Tensor:

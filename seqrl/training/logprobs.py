@@ -5,13 +5,25 @@ Shape legend: R response tokens.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from seqrl.kernels import recurring
-from seqrl.training.forward import response_hidden, response_logits
+from seqrl.kernels import Record
+from seqrl.native.forward import can_record
+from seqrl.native.weights import Weights
+from seqrl.training.forward import (
+    filled_up,
+    is_native,
+    native_hidden,
+    native_weights,
+    response_hidden,
+    response_logits,
+)
 from seqrl.training.head import MAX_LOGITS, Logits, token_statistics
 from seqrl.training.head import TokenStatistics as TokenStatistics
 from seqrl.training.packing import Layout
@@ -39,18 +51,22 @@ def response_statistics(
 
     The R tokens are in the order of `part.tokens[part.response_mask]`.
     """
-    layout = Layout.of_batch(part)
-    predicted = part.response_mask.nonzero()[:, 0]
-    positions, tokens = layout.source[predicted - 1], part.tokens[predicted]
-    count = tokens.numel()
-    extra = recurring(count, tokens.device) - count
-    positions, tokens = F.pad(positions, (0, extra)), F.pad(tokens, (0, extra))
+    targets = _Targets.of(part)
+    plain = has_plain_head(model)
+    of_logprobs_alone = not entropy_gradient and not sum_pi_squared and reference is None
+    if torch.is_grad_enabled() and of_logprobs_alone and plain and is_native(model):
+        w = native_weights(model, targets.layout)
+        if can_record(w):
+            recorded = _Recorded(model, w, part, targets, temperature)
+            logprobs = _OfThoseThatHaveOne.apply(recorded, *recorded.weights)
+            return TokenStatistics(logprobs, entropy=recorded.said.entropy if entropy else None)
 
     def logits_of(model: Any) -> Logits:
         if not has_plain_head(model):
-            return Logits(response_logits(model, part, layout, positions))
+            return Logits(response_logits(model, part, targets.layout, targets.positions))
         head = model.get_output_embeddings()
-        return Logits(response_hidden(model, part, layout, positions), head.weight, head.bias)
+        hidden = response_hidden(model, part, targets.layout, targets.positions)
+        return Logits(hidden, head.weight, head.bias)
 
     theirs = None
     if reference is not None:
@@ -58,7 +74,7 @@ def response_statistics(
             theirs = logits_of(reference)
     said = token_statistics(
         logits_of(model),
-        tokens,
+        targets.tokens,
         temperature=temperature,
         entropy=entropy,
         entropy_gradient=entropy_gradient,
@@ -66,7 +82,93 @@ def response_statistics(
         reference=theirs,
         max_logits=MAX_LOGITS,
     )
-    return said.first(count)
+    return said.first(targets.count)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """The response tokens of a micro-batch, and which hidden states predict them."""
+
+    layout: Layout
+    positions: Tensor
+    """Index into the computed tokens, for each of R response tokens and a few more that nobody sees."""
+    tokens: Tensor
+    """Of the same, index into the vocabulary."""
+    count: int
+    """R"""
+
+    @classmethod
+    def of(cls, part: Batch) -> _Targets:
+        layout = Layout.of_batch(part)
+        predicted = part.response_mask.nonzero()[:, 0]
+        positions, tokens = layout.source[predicted - 1], part.tokens[predicted]
+        return cls(layout, filled_up(positions), filled_up(tokens), len(tokens))
+
+
+class _Recorded:
+    """The forward of a micro-batch without autograd, of which any part can have a gradient afterwards.
+
+    A sequence whose log-probs have the gradient 0, because it is clipped or its group is of one opinion, adds
+    nothing to that of any weight. So the backward pass is of the others alone.
+    """
+
+    def __init__(self, model: Any, w: Weights, part: Batch, targets: _Targets, temperature: float) -> None:
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._w, self._head, self._temperature = w, model.get_output_embeddings(), temperature
+        self._part, self._targets, self._record = part, targets, Record()
+        with torch.no_grad():
+            recording = self._record.recording
+            self.said = self._forward(part, targets, recording(), recording()).first(targets.count)
+
+    def gradient(self, of_logprobs: Tensor) -> tuple[Tensor | None, ...]:
+        """That of each of `weights`, given that of the log-probs [R]. Once: what was recorded is used up."""
+        part, targets, rows, responses = self._part, self._targets, None, None
+        sequence = torch.arange(len(part), device=of_logprobs.device).repeat_interleave(part.response_lengths)
+        kept = sequence[of_logprobs != 0].unique()
+        if len(kept) < len(part):
+            kept = kept if len(kept) else sequence[:1]  # every weight gets a gradient, if only 0
+            part = part.select(kept)
+            layout, targets = self._targets.layout, _Targets.of(part)
+            computed = self._part.token_index(kept)[targets.layout.computed]
+            rows = filled_up(layout.source[computed])
+            responses = self._part.response_mask.cumsum(0)[self._part.response_token_index(kept)] - 1
+            of_logprobs, responses = of_logprobs[responses], filled_up(responses)
+        with torch.enable_grad():
+            replaying = self._record.replaying
+            said = self._forward(part, targets, replaying(rows), replaying(responses)).first(targets.count)
+            return torch.autograd.grad(said.logprobs, self.weights, of_logprobs, allow_unused=True)
+
+    def _forward(
+        self,
+        part: Batch,
+        targets: _Targets,
+        of_tokens: AbstractContextManager[None],
+        of_responses: AbstractContextManager[None],
+    ) -> TokenStatistics:
+        with of_tokens:
+            hidden = native_hidden(self._w, part, targets.layout).index_select(0, targets.positions)
+        with of_responses:
+            return token_statistics(
+                Logits(hidden, self._head.weight, self._head.bias),
+                targets.tokens,
+                temperature=self._temperature,
+                entropy=True,
+                max_logits=MAX_LOGITS,
+            )
+
+
+class _OfThoseThatHaveOne(torch.autograd.Function):
+    """Recorded log-probs [R]; their gradient is through the sequences that have one."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: _Recorded, *weights: Tensor) -> Tensor:
+        ctx.recorded = recorded
+        return recorded.said.logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.recorded.gradient(grad)
 
 
 def has_plain_head(model: Any) -> bool:
