@@ -28,9 +28,9 @@ class _AddNorm(torch.autograd.Function):
             rstd = x.new_empty(len(x), dtype=torch.float32)
             return *_add_norm_in_c(x, delta, weight, eps, dtype, rstd), rstd
 
-        out, y, rstd = made(compute)
         if delta is not None and (record := current()) is not None:
             record.forget(delta)
+        out, y, rstd = made(compute)
         ctx.save_for_backward(out, weight, rstd)
         ctx.dtype = dtype
         ctx.set_materialize_grads(False)

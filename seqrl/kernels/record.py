@@ -31,8 +31,9 @@ class Record:
 
     def forget(self, x: Tensor) -> None:
         """What the last operation made, if that is `x`: no gradient needs it."""
-        if not self._replaying and self._made and self._made[-1][0] is x:
-            self._made[-1] = (None,)
+        last = self._made[-1][0] if self._made and not self._replaying else None
+        if last is x:
+            self._made[-1] = (None, *self._made[-1][1:])
 
     def rows_of(self, x: Tensor) -> Tensor:
         return x if self.rows is None else x.index_select(0, self.rows)

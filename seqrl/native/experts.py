@@ -92,16 +92,21 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         def compute() -> tuple[Tensor, ...]:
             inner = PackedExperts.of(gate_up)(x, token, ends)
-            return inner, PackedExperts.of(down)(gated(inner), None, ends), place
+            out = PackedExperts.of(down)(gated(inner), None, ends)
+            return combined(out, place, weights), inner, out, place
 
         record = current()
-        inner, out, recorded = compute() if record is None else record.made(compute)
-        if record is not None and record.rows is not None:
-            pairs = torch.empty_like(place)  # where each pair was among those that were recorded
-            pairs.view(-1)[place.flatten()] = record.rows_of(recorded).flatten()
-            inner, out = (x.index_select(0, pairs.flatten()) for x in (inner, out))
+        if record is None:
+            said, inner, out, _ = compute()
+        else:
+            said, inner, out, recorded = record.made(compute)
+            said = torch.empty_like(x) if said is None else record.rows_of(said)  # None: not asked for again
+            if record.rows is not None:
+                pairs = torch.empty_like(place)  # where each pair was among those that were recorded
+                pairs.view(-1)[place.flatten()] = record.rows_of(recorded).flatten()
+                inner, out = (x.index_select(0, pairs.flatten()) for x in (inner, out))
         ctx.save_for_backward(x, token, place, weights, ends, gate_up, down, inner, out)
-        return combined(out, place, weights)
+        return said
 
     @staticmethod
     @once_differentiable

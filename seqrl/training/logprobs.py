@@ -58,7 +58,7 @@ def response_statistics(
         w = native_weights(model, targets.layout)
         if can_record(w):
             recorded = _Recorded(model, w, part, targets, temperature)
-            logprobs = _OfThoseThatHaveOne.apply(recorded, *recorded.weights)
+            logprobs = _OfThoseThatHaveOne.apply(recorded, recorded.weights[0])
             return TokenStatistics(logprobs, entropy=recorded.said.entropy if entropy else None)
 
     def logits_of(model: Any) -> Logits:
@@ -120,8 +120,9 @@ class _Recorded:
             recording = self._record.recording
             self.said = self._forward(part, targets, recording(), recording()).first(targets.count)
 
-    def gradient(self, of_logprobs: Tensor) -> tuple[Tensor | None, ...]:
-        """That of each of `weights`, given that of the log-probs [R]. Once: what was recorded is used up."""
+    def backward(self, of_logprobs: Tensor) -> None:
+        """Adds the gradient of each of `weights`, given that of the log-probs [R]. Once: what was recorded is
+        used up."""
         part, targets, rows, responses = self._part, self._targets, None, None
         sequence = torch.arange(len(part), device=of_logprobs.device).repeat_interleave(part.response_lengths)
         kept = sequence[of_logprobs != 0].unique()
@@ -136,7 +137,7 @@ class _Recorded:
         with torch.enable_grad():
             replaying = self._record.replaying
             said = self._forward(part, targets, replaying(rows), replaying(responses)).first(targets.count)
-            return torch.autograd.grad(said.logprobs, self.weights, of_logprobs, allow_unused=True)
+            torch.autograd.backward(said.logprobs, of_logprobs, inputs=self.weights)
 
     def _forward(
         self,
@@ -158,17 +159,20 @@ class _Recorded:
 
 
 class _OfThoseThatHaveOne(torch.autograd.Function):
-    """Recorded log-probs [R]; their gradient is through the sequences that have one."""
+    """Recorded log-probs [R]. Their gradient goes through the sequences that have one, straight to the `grad`
+    of the weights: a second set of gradients, to be added by autograd, would be as large as the model."""
 
     @staticmethod
-    def forward(ctx: Any, recorded: _Recorded, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, recorded: _Recorded, any_weight: Tensor) -> Tensor:
         ctx.recorded = recorded
         return recorded.said.logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.recorded.gradient(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        recorded, ctx.recorded = ctx.recorded, None  # it holds what was recorded, and copies of weights
+        recorded.backward(grad)
+        return None, None
 
 
 def has_plain_head(model: Any) -> bool:
