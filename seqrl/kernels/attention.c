@@ -30,12 +30,6 @@ typedef struct {
     long sequence, head, block;
 } Task;
 
-/* Lays 16 rows of `words` words across lanes. */
-static void across(const uint32_t *x, const long *rows, long words, word *out) {
-    for (long d = 0; d < words; d++)
-        for (int i = 0; i < LANES; i++) out[d][i] = x[rows[i] + d];
-}
-
 /* out[j] = scale times the sum over d of across[d] * rows[j][d] for `count` rows, each `stride` words after the
    one before. Each is added up in the order of d, however many rows there are. */
 INLINE void products(int pairs, const word *across, const uint32_t *rows, long count, long stride, long words,

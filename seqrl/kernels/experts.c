@@ -159,10 +159,11 @@ INLINE int products_backward_w(int pairs, long experts, long ins, long outs, con
 /* w [matrices, outs, words] -> [matrices, outs / 16, words, 16], so that a vector has a word of 16 outputs. */
 void expert_pack(long matrices, long outs, long words, const uint32_t *w, uint32_t *packed) {
 #pragma omp parallel for schedule(static)
-    for (long block = 0; block < matrices * outs / LANES; block++)
-        for (long d = 0; d < words; d++)
-            for (long i = 0; i < LANES; i++)
-                packed[(block * words + d) * LANES + i] = w[(block * LANES + i) * words + d];
+    for (long block = 0; block < matrices * outs / LANES; block++) {
+        long rows[LANES];
+        for (int i = 0; i < LANES; i++) rows[i] = (block * LANES + i) * words;
+        across(w, rows, words, (word *)packed + block * words);
+    }
 }
 
 #define OF_TYPE(type, pairs)                                                                                    \

@@ -57,6 +57,7 @@ class PackedExperts:
 
     @classmethod
     def of(cls, weight: Tensor) -> PackedExperts:
+        assert cls.fit(weight), "the C reads two vectors at once"
         experts, outs, ins = weight.shape
         packed = weight.new_empty(experts, outs // LANES, *words_of(ins, weight.dtype))
         call("expert_pack", experts, outs, packed.shape[2], weight.contiguous(), packed)

@@ -35,7 +35,44 @@ INLINE word of_rows(int pairs, const void *one, const void *two) {
     return two ? w | __builtin_convertvector(*(const vh *)two, vu) << 16 : w;
 }
 
-/* The same of numbers that are rounded for it. */
+#ifdef __AVX512F__
+/* Of a 16 x 16 square, rows i and i + step exchange what lies across its diagonal. `step` is a constant. */
+INLINE void exchange(__m512i *rows, int step) {
+    vi upper, lower;
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++) {
+        upper[j] = j & step ? LANES + j - step : j;
+        lower[j] = j & step ? LANES + j : j + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        if (i & step) continue;
+        __m512i one = rows[i], other = rows[i + step];
+        rows[i] = _mm512_permutex2var_epi32(one, (__m512i)upper, other);
+        rows[i + step] = _mm512_permutex2var_epi32(one, (__m512i)lower, other);
+    }
+}
+#endif
+
+/* Lays 16 rows of `words` words, a multiple of 16, across lanes: out[d] has word d of each. rows[i] says where row i
+   starts in x. */
+static inline void across(const uint32_t *x, const long *rows, long words, word *out) {
+#ifdef __AVX512F__
+    for (long d = 0; d < words; d += LANES) {
+        __m512i square[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) square[i] = (__m512i)words_at(x + rows[i] + d);
+        exchange(square, 8), exchange(square, 4), exchange(square, 2), exchange(square, 1);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) out[d + i] = (word)square[i];
+    }
+#else
+    for (long d = 0; d < words; d++)
+        for (int i = 0; i < LANES; i++) out[d][i] = x[rows[i] + d];
+#endif
+}
+
+/* What `of_rows` makes, of numbers that are rounded for it. */
 INLINE word of_vectors(int pairs, vf one, vf two) {
     if (!pairs) return (word)one;
     bf16 rounded[2 * LANES];

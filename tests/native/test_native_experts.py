@@ -109,7 +109,7 @@ def test_packed_matrices_say_the_same(threads: int, tokens: int, dtype: torch.dt
         pytest.skip("no C compiler here")
     chosen = choices(tokens, 64, 8)
     x, weights = random(tokens, 32).to(dtype), random(tokens, 8, seed=1).abs()
-    gate_up, down = (random(64, *size, seed=2).to(dtype) / 4 for size in ((32, 32), (32, 16)))
+    gate_up, down = (random(64, *size, seed=2).to(dtype) / 4 for size in ((64, 32), (32, 32)))
     with torch.no_grad():
         packed = mixture(x, chosen, weights, PackedExperts.of(gate_up), PackedExperts.of(down))
     assert packed.dtype == dtype
