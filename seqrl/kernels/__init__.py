@@ -16,7 +16,7 @@ from seqrl.kernels.experts import (
 from seqrl.kernels.head import draw
 from seqrl.kernels.layers import add_norm, gated, gated_backward
 from seqrl.kernels.products import linear, packable, product, recurring
-from seqrl.kernels.record import Record, current
+from seqrl.kernels.record import Record, current, made
 
 __all__ = [
     "Cache",
@@ -37,6 +37,7 @@ __all__ = [
     "gated_backward",
     "library",
     "linear",
+    "made",
     "packable",
     "product",
     "recurring",
