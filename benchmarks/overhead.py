@@ -5,7 +5,9 @@
 Overhead is what is left of a step's seconds (`timing_s/*` of its metrics) without generation, old and
 reference log-probs, update and verifier: data, advantages, drift of the experts, metrics, their files,
 checkpoints. The first step, which has the self-test, and validation, which is no training, are left out. The
-quickstart's model is the one after its cold start (made anew, about a minute), whose responses are short.
+quickstart's model is the one after its cold start (made anew, about a minute), whose responses are short. The
+others have the reward of `benchmarks.step`, the share of digits: their answers are all wrong, and without a
+difference nobody has a gradient.
 
 Memory is the most that the process of `seqrl train` held at any time. Weights, gradients, the optimizer's
 state and the KV cache are counted from their shapes, the cache as the rows that a step decodes times the
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import step
 from benchmarks.measure import RESULTS, setting, table, write_results
 from benchmarks.models import write_model
 from benchmarks.update import make_config
@@ -37,6 +40,7 @@ from seqrl.report.files import METRICS, read_rows
 WORK = ("gen", "old_log_prob", "ref", "update_actor", "reward")
 NO_PART = ("step", "testing")
 PROMPTS, RESPONSES = 32, 8
+DIGITS = f"custom_reward_function.path={Path(step.__file__).resolve()}"
 PROMPT_LIMIT = 32
 """The quickstart's, in tokens."""
 
@@ -59,9 +63,7 @@ def quickstart_model(directory: Path) -> Path:
     return path
 
 
-def train(
-    model: Path, directory: Path, steps: int, limit: int, dtype: str, arguments: Sequence[str] = ()
-) -> Run:
+def train(model: Path, directory: Path, steps: int, limit: int, dtype: str, arguments: Sequence[str]) -> Run:
     """The quickstart's recipe on `model`, with responses of up to `limit` tokens."""
     command = [
         *(sys.executable, "-m", "seqrl.cli", "train", "--config-name=quickstart"),
@@ -186,14 +188,16 @@ def main() -> None:
         small = write_model("dense-3m", root / "dense-3m", mean_length=64.0, limit=256)
         large = write_model("dense-25m", root / "dense-25m")
         for dtype in args.dtype:
-            for name, model, limit in (
-                ("quickstart", tiny, 32),
-                ("dense-3m, spread-out lengths", small, 256),
+            for name, model, limit, arguments in (
+                ("quickstart", tiny, 32, []),
+                ("dense-3m, spread-out lengths", small, 256, [DIGITS]),
             ):
-                run = train(model, root / f"{model.name}-{limit}-{dtype}", args.steps, limit, dtype)
+                run = train(
+                    model, root / f"{model.name}-{limit}-{dtype}", args.steps, limit, dtype, arguments
+                )
                 seconds[f"{name}, {dtype}"] = seconds_by_part(run.rows)
             for limit in args.limit:
-                run = train(large, root / f"memory-{limit}-{dtype}", 2, limit, dtype)
+                run = train(large, root / f"memory-{limit}-{dtype}", 2, limit, dtype, [DIGITS])
                 name = f"up to {limit} response tokens, {dtype}"
                 memory[name] = bytes_by_part(large, limit, dtype, run.peak_bytes)
     markdown = f"""# Overhead of a step, and memory of a run

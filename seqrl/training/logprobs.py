@@ -54,11 +54,12 @@ def response_statistics(
     targets = _Targets.of(part)
     plain = has_plain_head(model)
     of_logprobs_alone = not entropy_gradient and not sum_pi_squared and reference is None
-    if torch.is_grad_enabled() and of_logprobs_alone and plain and is_native(model):
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if torch.is_grad_enabled() and trained and of_logprobs_alone and plain and is_native(model):
         w = native_weights(model, targets.layout)
         if can_record(w):
-            recorded = _Recorded(model, w, part, targets, temperature)
-            logprobs = _OfThoseThatHaveOne.apply(recorded, recorded.weights[0])
+            recorded = _Recorded(model, w, trained, part, targets, temperature)
+            logprobs = _RecordedLogprobs.apply(recorded, trained[0])
             return TokenStatistics(logprobs, entropy=recorded.said.entropy if entropy else None)
 
     def logits_of(model: Any) -> Logits:
@@ -112,22 +113,30 @@ class _Recorded:
     nothing to that of any weight. So the backward pass is of the others alone.
     """
 
-    def __init__(self, model: Any, w: Weights, part: Batch, targets: _Targets, temperature: float) -> None:
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+    def __init__(
+        self,
+        model: Any,
+        w: Weights,
+        trained: list[Tensor],
+        part: Batch,
+        targets: _Targets,
+        temperature: float,
+    ) -> None:
         self._w, self._head, self._temperature = w, model.get_output_embeddings(), temperature
+        self._trained = trained
         self._part, self._targets, self._record = part, targets, Record()
         with torch.no_grad():
             recording = self._record.recording
             self.said = self._forward(part, targets, recording(), recording()).first(targets.count)
 
     def backward(self, of_logprobs: Tensor) -> None:
-        """Adds the gradient of each of `weights`, given that of the log-probs [R]. Once: what was recorded is
-        used up."""
+        """Adds the gradient of each weight that is trained, given that of the log-probs [R]. Once: what was
+        recorded is used up."""
         part, targets, rows, responses = self._part, self._targets, None, None
         sequence = torch.arange(len(part), device=of_logprobs.device).repeat_interleave(part.response_lengths)
         kept = sequence[of_logprobs != 0].unique()
         if len(kept) < len(part):
-            kept = kept if len(kept) else sequence[:1]  # every weight gets a gradient, if only 0
+            kept = kept if len(kept) else kept.new_zeros(1)  # every weight gets a gradient, if only 0
             part = part.select(kept)
             layout, targets = self._targets.layout, _Targets.of(part)
             computed = self._part.token_index(kept)[targets.layout.computed]
@@ -137,7 +146,7 @@ class _Recorded:
         with torch.enable_grad():
             replaying = self._record.replaying
             said = self._forward(part, targets, replaying(rows), replaying(responses)).first(targets.count)
-            torch.autograd.backward(said.logprobs, of_logprobs, inputs=self.weights)
+            torch.autograd.backward(said.logprobs, of_logprobs, inputs=self._trained)
 
     def _forward(
         self,
@@ -158,9 +167,9 @@ class _Recorded:
             )
 
 
-class _OfThoseThatHaveOne(torch.autograd.Function):
-    """Recorded log-probs [R]. Their gradient goes through the sequences that have one, straight to the `grad`
-    of the weights: a second set of gradients, to be added by autograd, would be as large as the model."""
+class _RecordedLogprobs(torch.autograd.Function):
+    """[R]. Their gradient goes through the sequences that have one, straight to the `grad` of the weights: a
+    second set of gradients, to be added by autograd, would be as large as the model."""
 
     @staticmethod
     def forward(ctx: Any, recorded: _Recorded, any_weight: Tensor) -> Tensor:
@@ -170,7 +179,8 @@ class _OfThoseThatHaveOne(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        recorded, ctx.recorded = ctx.recorded, None  # it holds what was recorded, and copies of weights
+        recorded, ctx.recorded = ctx.recorded, None  # it holds copies of weights, too
+        assert recorded is not None, "a second backward pass: what was recorded is used up"
         recorded.backward(grad)
         return None, None
 

@@ -77,7 +77,7 @@ def said_of(model: Any, batch: Batch, dtype: torch.dtype = torch.float32, **aske
 
 
 def is_recorded(said: TokenStatistics) -> bool:
-    return "OfThoseThatHaveOne" in type(said.logprobs.grad_fn).__name__
+    return "_RecordedLogprobs" in type(said.logprobs.grad_fn).__name__
 
 
 def gradient(model: Any, said: TokenStatistics, of_logprobs: Tensor) -> list[Tensor]:
@@ -135,6 +135,12 @@ def test_where_nobody_has_a_gradient_it_is_zero() -> None:
     model, batch = build_native("qwen3_moe, one layer dense"), make_batch()
     found = gradient(model, said_of(model, batch), torch.zeros(int(batch.response_mask.sum())))
     assert not any(x.any() for x in found)
+
+
+def test_an_empty_response_has_no_gradient() -> None:
+    model, batch = build_native("qwen3"), make_batch().select([4])
+    assert int(batch.response_mask.sum()) == 0
+    assert not any(x.any() for x in gradient(model, said_of(model, batch), torch.empty(0)))
 
 
 def test_whoever_has_no_gradient_does_not_go_backward() -> None:
