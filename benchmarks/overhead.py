@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -175,6 +176,9 @@ def main() -> None:
     parser.add_argument(
         "--limit", nargs="+", type=int, default=[64, 256], help="tokens, of the memory's runs"
     )
+    parser.add_argument(
+        "--micro-batch", nargs="+", type=int, default=[16384, 4096], help="tokens, of the memory's runs"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY")
     args = parser.parse_args()
@@ -196,9 +200,11 @@ def main() -> None:
                     model, root / f"{model.name}-{limit}-{dtype}", args.steps, limit, dtype, arguments
                 )
                 seconds[f"{name}, {dtype}"] = seconds_by_part(run.rows)
-            for limit in args.limit:
-                run = train(large, root / f"memory-{limit}-{dtype}", 2, limit, dtype, [DIGITS])
-                name = f"up to {limit} response tokens, {dtype}"
+            for limit, tokens in product(args.limit, args.micro_batch):
+                arguments = [DIGITS, f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={tokens}"]
+                directory = root / f"memory-{limit}-{tokens}-{dtype}"
+                run = train(large, directory, 2, limit, dtype, arguments)
+                name = f"up to {limit} response tokens, micro-batches of {tokens:,}, {dtype}"
                 memory[name] = bytes_by_part(large, limit, dtype, run.peak_bytes)
     markdown = f"""# Overhead of a step, and memory of a run
 

@@ -61,6 +61,8 @@ class Iteration:
     """Of all threads together; unlike `seconds`, other programs on the machine hardly change it."""
     response_length: float
     """Mean, tokens."""
+    clipped: float
+    """Share of the responses' tokens whose gradient the clip takes."""
     stages: Mapping[str, float]
     """Seconds by stage."""
 
@@ -73,10 +75,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self.start, self.processor_start = time.perf_counter(), time.process_time()
 
-    def iteration(self, response_length: float, stages: Mapping[str, float]) -> Iteration:
+    def iteration(self, response_length: float, clipped: float, stages: Mapping[str, float]) -> Iteration:
         seconds, processor = time.perf_counter() - self.start, time.process_time() - self.processor_start
         stages = {**stages, "rest": seconds - sum(stages.values())}
-        return Iteration(seconds, processor, response_length, stages)
+        return Iteration(seconds, processor, response_length, clipped, stages)
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any) -> float:
@@ -121,7 +123,7 @@ class Seqrl:
         self.trainer.step += 1
         names = ("gen", "old_log_prob", "update_actor")
         stages = {stage: clock.seconds[name] for stage, name in zip(STAGES, names, strict=False)}
-        return watch.iteration(metrics["response_length/mean"], stages)
+        return watch.iteration(metrics["response_length/mean"], metrics["actor/pg_clipfrac"], stages)
 
 
 def seqrl_side(model: Path, directory: Path, limit: int, dtype: str) -> Callable[[], Iteration]:
@@ -216,8 +218,9 @@ def drive(trainer: Any, then: Callable[[], None]) -> list[Iteration]:
             stages = {stage: trainer.stages[stage] for stage in ("generation", "old log-probs")}
             # All but the making of the batch: forward, backward, clipping, AdamW, the loop itself.
             stages["update"] = time.perf_counter() - self.watch.start - trainer.stages["batch"]
-            length = trainer._metrics["train"]["completions/mean_length"][-1]
-            iterations.append(self.watch.iteration(length, stages))
+            logged = trainer._metrics["train"]
+            length, clipped = logged["completions/mean_length"][-1], logged["clip_ratio/region_mean"]
+            iterations.append(self.watch.iteration(length, mean(clipped[-MINI_BATCHES:]), stages))
             then()
             trainer.stages, self.watch = {}, Stopwatch()
 
@@ -303,7 +306,7 @@ def compare(runs: Sequence[Turns]) -> dict[str, Ratio]:
 
 def section(title: str, about: str, runs: Sequence[Turns]) -> str:
     """Medians by side, a table for each run, and the ratios."""
-    columns = ("", "iteration", *STAGES, "processor", "response, tokens")
+    columns = ("", "iteration", *STAGES, "processor", "response, tokens", "clipped")
     lines = [f"## {title}", about]
     for run in runs:
         rows = []
@@ -311,7 +314,8 @@ def section(title: str, about: str, runs: Sequence[Turns]) -> str:
             stages = [median(turn.stages[stage] for turn in turns) for stage in STAGES]
             cells = [median_seconds(turns), *stages, median(turn.processor_seconds for turn in turns)]
             length = mean(turn.response_length for turn in turns)
-            rows.append((side, *(f"{x:.2f}" for x in cells), f"{length:.1f}"))
+            clipped = mean(turn.clipped for turn in turns)
+            rows.append((side, *(f"{x:.2f}" for x in cells), f"{length:.1f}", f"{clipped:.2f}"))
         lines.append(table(columns, rows))
     if any(side.startswith("TRL") for side in runs[0]):
         lines.append(table(("", "TRL takes, times as long"), compare(runs).items()))
@@ -348,7 +352,8 @@ def main() -> None:
     title = (
         f"# One GSPO iteration: seqrl and TRL\n\n{PROMPTS} prompts x {RESPONSES} responses, {MINI_BATCHES} "
         "optimizer steps. Seconds, medians over turns; processor seconds are those of all threads together; "
-        "ratios with the smallest and the largest of a turn."
+        "ratios with the smallest and the largest of a turn. `clipped`: the share of tokens whose gradient "
+        "the clip takes; seqrl leaves out the backward pass of such sequences, TRL does not."
     )
     write_results(args.name, here, "\n\n".join([title, *sections]), numbers, directory=args.out)
 
