@@ -15,7 +15,7 @@ from seqrl.kernels.experts import (
 )
 from seqrl.kernels.head import draw
 from seqrl.kernels.layers import add_norm, gated, gated_backward
-from seqrl.kernels.products import linear, packable, product, recurring
+from seqrl.kernels.products import filled_up, linear, packable, product
 from seqrl.kernels.record import Record, current, made
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "current",
     "draw",
     "expert_products_backward",
+    "filled_up",
     "fits",
     "gated",
     "gated_backward",
@@ -40,7 +41,6 @@ __all__ = [
     "made",
     "packable",
     "product",
-    "recurring",
     "self_attention",
     "turned",
 ]

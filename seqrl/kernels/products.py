@@ -45,6 +45,11 @@ def recurring(rows: int, device: torch.device) -> int:
     return -(-rows // step) * step
 
 
+def filled_up(x: Tensor) -> Tensor:
+    """`x` [T], of rows, and zeros for rows that nobody sees, up to a number that recurs."""
+    return F.pad(x, (0, recurring(len(x), x.device) - len(x)))
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x` [T, in] times the transpose of `weight` [out, in], plus `bias` [out]; without gradient."""
     # MKL's float32 products are slow on processors of other makers; oneDNN's are not.

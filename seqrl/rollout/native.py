@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from seqrl.kernels import Cache, Spans, attend, attend_cached, fits, recurring, turned
+from seqrl.kernels import Cache, Spans, attend, attend_cached, filled_up, fits, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights
 from seqrl.rollout.decoding import Decoder, DecodingEngine
@@ -116,7 +115,7 @@ class CachedDecoder:
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         column = torch.arange(len(tokens)) - (ends - lengths).repeat_interleave(lengths)
         slot = place.repeat_interleave(lengths)
-        tokens, positions = _filled_up(tokens), _filled_up(column)
+        tokens, positions = filled_up(tokens), filled_up(column)
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             q, k, v = turned(qkv, positions, self.weights.turn, layer.q_norm, layer.k_norm)
@@ -124,7 +123,7 @@ class CachedDecoder:
             return attend(q, k, v, spans)[0].flatten(1)
 
         hidden = hidden_states(self.weights, tokens, attention)
-        return self.weights.lm_head(hidden[_filled_up(ends - 1)])[: len(prompts)]
+        return self.weights.lm_head(hidden[filled_up(ends - 1)])[: len(prompts)]
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoder.step`."""
@@ -133,7 +132,7 @@ class CachedDecoder:
         if int(columns.max()) > self.own[0].columns:
             for own in self.own:
                 own.grow(min(2 * own.columns, self.new_tokens))
-        tokens, positions = _filled_up(tokens), _filled_up(positions)
+        tokens, positions = filled_up(tokens), filled_up(positions)
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             q, k, v = turned(qkv, positions, self.weights.turn, layer.q_norm, layer.k_norm)
@@ -153,8 +152,3 @@ class CachedDecoder:
         self.prompt, self.slot, self.columns = self.prompt[rows], self.slot[rows], self.columns[rows]
         self._free_prompts(prompts)
         self.free += slots - set(self.slot.tolist())
-
-
-def _filled_up(x: Tensor) -> Tensor:
-    """`x` [B], and zeros for rows without a place up to a number of rows that comes again."""
-    return F.pad(x, (0, recurring(len(x), x.device) - len(x)))

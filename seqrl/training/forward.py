@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqrl.kernels import fits, recurring, self_attention, turned
+from seqrl.kernels import filled_up, fits, self_attention, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights, why_unreadable
 from seqrl.training.experts import EXPERTS_NAME, hooked_routing
@@ -63,11 +63,6 @@ def native_hidden(w: Weights, part: Batch, layout: Layout) -> Tensor:
     tokens, positions = (filled_up(x) for x in (part.tokens[layout.computed], layout.positions))
     with torch.autocast(tokens.device.type, enabled=False):
         return hidden_states(w, tokens, _attention(w, layout, positions))
-
-
-def filled_up(x: Tensor) -> Tensor:
-    """`x` [T], and zeros up to a number that recurs."""
-    return F.pad(x, (0, recurring(len(x), x.device) - len(x)))
 
 
 def _attention(w: Weights, layout: Layout, positions: Tensor) -> Callable[[int, Layer, Tensor], Tensor]:

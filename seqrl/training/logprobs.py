@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqrl.kernels import Record
+from seqrl.kernels import Record, filled_up
 from seqrl.native.forward import can_record
 from seqrl.native.weights import Weights
 from seqrl.training.forward import (
-    filled_up,
     is_native,
     native_hidden,
     native_weights,
