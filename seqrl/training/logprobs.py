@@ -51,10 +51,10 @@ def response_statistics(
     The R tokens are in the order of `part.tokens[part.response_mask]`.
     """
     targets = _Targets.of(part)
-    plain = has_plain_head(model)
     of_logprobs_alone = not entropy_gradient and not sum_pi_squared and reference is None
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    if torch.is_grad_enabled() and trained and of_logprobs_alone and plain and is_native(model):
+    gradient = bool(torch.is_grad_enabled() and trained)
+    if gradient and of_logprobs_alone and has_plain_head(model) and is_native(model):
         w = native_weights(model, targets.layout)
         if can_record(w):
             recorded = _Recorded(model, w, trained, part, targets, temperature)
