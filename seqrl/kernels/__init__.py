@@ -6,41 +6,67 @@ sizes that the C does not have. `build.py` compiles the C on first use.
 
 from seqrl.kernels.attention import Cache, Spans, Turn, attend, attend_cached, self_attention, turned
 from seqrl.kernels.build import library
-from seqrl.kernels.call import fits
+from seqrl.kernels.call import fits, has_tiles
 from seqrl.kernels.experts import (
+    Matrices,
     PackedExperts,
     combined,
     combined_backward,
+    expert_matrices,
+    expert_products,
     expert_products_backward,
+    laid_out_experts,
 )
 from seqrl.kernels.head import draw
 from seqrl.kernels.layers import add_norm, gated, gated_backward
-from seqrl.kernels.products import filled_up, linear, packable, product
+from seqrl.kernels.products import (
+    Matrix,
+    Reordered,
+    add_weight_gradient,
+    filled_up,
+    laid_out,
+    linear,
+    matrix,
+    product,
+    product_backward,
+)
 from seqrl.kernels.record import Record, current, made
+from seqrl.kernels.tiles import Tiles
 
 __all__ = [
     "Cache",
+    "Matrices",
+    "Matrix",
     "PackedExperts",
     "Record",
+    "Reordered",
     "Spans",
+    "Tiles",
     "Turn",
     "add_norm",
+    "add_weight_gradient",
     "attend",
     "attend_cached",
     "combined",
     "combined_backward",
     "current",
     "draw",
+    "expert_matrices",
+    "expert_products",
     "expert_products_backward",
     "filled_up",
     "fits",
     "gated",
     "gated_backward",
+    "has_tiles",
+    "laid_out",
+    "laid_out_experts",
     "library",
     "linear",
     "made",
-    "packable",
+    "matrix",
     "product",
+    "product_backward",
     "self_attention",
     "turned",
 ]

@@ -59,9 +59,21 @@ ARGUMENTS = {
     **{f"{name}_{type_}": said for name, said in _OF_STORAGE.items() for type_ in ("f32", "bf16")},
     "expert_pack": "lll pp",
     "draw": "ll p f pp",
+    "tiles_here": "",
+    "tile_pack": "lll p lll pp",
+    "tile_products": "llll pppppp",
+    "tile_gradient": "llll p l ppp ll p",
 }
 """What each function takes, in order: l a long, f a float, p a pointer."""
-FAILING = ("attend_forward", "attend_backward", "draw", "expert_products", "expert_backward")
+FAILING = (
+    "attend_forward",
+    "attend_backward",
+    "draw",
+    "expert_products",
+    "expert_backward",
+    "tile_products",
+    "tile_gradient",
+)
 """How the names of functions begin that need scratch memory, and give back 1 where there is none."""
 SWITCH = "SEQRL_KERNELS"
 """Environment variable: `0` leaves the kernels out, for a look at what torch's own operations give."""
@@ -90,7 +102,7 @@ def library() -> ctypes.CDLL | None:
     for name, said in ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes = [kinds[letter] for letter in said.replace(" ", "")]
-        if not name.startswith(FAILING):
+        if not name.startswith((*FAILING, "tiles_here")):
             function.restype = None
     _keep_memory()
     return loaded

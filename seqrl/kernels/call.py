@@ -26,6 +26,14 @@ def fits(stream: torch.dtype, compute: torch.dtype, device: torch.device, *width
     )
 
 
+def has_tiles(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products in this type go through the processor's matrix unit (tiles.c)."""
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return False
+    loaded = library()
+    return loaded is not None and bool(loaded.tiles_here())
+
+
 def call(name: str, *arguments: Any) -> None:
     """Calls the C function with tensors as pointers. Raises MemoryError where it found none."""
     loaded = library()

@@ -5,6 +5,7 @@
    run over words of 32 bits: a float32, or a pair of bfloat16 that lie side by side in the direction in which
    is added up. Sums are float32, and no sum depends on how many rows there are. ins and outs are multiples
    of 32. */
+#include "chunks.h"
 #include "words.h"
 
 #ifdef __AVX512F__
@@ -25,22 +26,6 @@ INLINE void panel(int pairs, const void *m, const int64_t *token, long first, lo
         for (long v = 0; v < STRIP; v += LANES)
             *(word *)(out + v) = of_rows(pairs, at(pairs, one, v), two ? at(pairs, two, v) : NULL);
     }
-}
-
-typedef struct {
-    long expert, first, end; /* rows */
-} Chunk;
-
-static Chunk *chunks(long experts, const int64_t *ends, long *count) {
-    long total = 0, at = 0;
-    for (long e = 0; e < experts; e++) total += (ends[e] - (e ? ends[e - 1] : 0) + CHUNK - 1) / CHUNK;
-    Chunk *result = malloc(sizeof(Chunk) * (total + 1));
-    *count = total;
-    if (!result) return NULL;
-    for (long e = 0; e < experts; e++)
-        for (long r = e ? ends[e - 1] : 0; r < ends[e]; r += CHUNK)
-            result[at++] = (Chunk){e, r, ends[e] - r < CHUNK ? ends[e] : r + CHUNK};
-    return result;
 }
 
 /* Adds to `rows` times two vectors of sums, over `steps` words: number d of x[i] lies d * x_stride words after
@@ -83,12 +68,12 @@ INLINE void strip_of_rows(int pairs, Chunk c, long steps, const void *x, const i
 INLINE int products(int pairs, long experts, long ins, long outs, const void *x, const int64_t *token, const void *w,
                     const int64_t *ends, void *y) {
     long count, strips = outs / STRIP, steps = ins / (1 + pairs), next = steps * LANES;
-    Chunk *tasks = chunks(experts, ends, &count);
+    Chunk *tasks = chunks(experts, ends, CHUNK, &count);
     if (!tasks) return 1;
 #pragma omp parallel for schedule(dynamic, 2)
     for (long t = 0; t < count * strips; t++) {
         Chunk c = tasks[t / strips];
-        const uint32_t *matrix = (const uint32_t *)w + (c.expert * strips + t % strips) * 2 * next;
+        const uint32_t *matrix = (const uint32_t *)w + (c.matrix * strips + t % strips) * 2 * next;
         strip_of_rows(pairs, c, steps, x, token, matrix, LANES, next, y, outs, t % strips * STRIP);
     }
     free(tasks);
@@ -99,7 +84,7 @@ INLINE int products(int pairs, long experts, long ins, long outs, const void *x,
 INLINE int products_backward_x(int pairs, long experts, long ins, long outs, const void *dy, const void *w,
                                const int64_t *ends, void *dx) {
     long count, strips = ins / STRIP, steps = outs / (1 + pairs);
-    Chunk *tasks = chunks(experts, ends, &count);
+    Chunk *tasks = chunks(experts, ends, CHUNK, &count);
     int failed = !tasks;
 #pragma omp parallel if (!failed)
     {
@@ -110,7 +95,7 @@ INLINE int products_backward_x(int pairs, long experts, long ins, long outs, con
             if (!columns) continue;
             Chunk c = tasks[t / strips];
             long column = t % strips * STRIP;
-            panel(pairs, w, NULL, c.expert * outs, outs, ins, column, columns);
+            panel(pairs, w, NULL, c.matrix * outs, outs, ins, column, columns);
             strip_of_rows(pairs, c, steps, dy, NULL, columns, STRIP, LANES, dx, ins, column);
         }
         free(columns);

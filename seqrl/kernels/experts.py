@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqrl.kernels.call import LANES, SUFFIX, call, fits, words_of
+from seqrl.kernels.tiles import Tiles
 
 
 def combined(x: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
@@ -64,11 +65,7 @@ class PackedExperts:
         return cls(packed)
 
     def __call__(self, x: Tensor, token: Tensor | None, ends: Tensor) -> Tensor:
-        """Row r of the result [P, out] is `x[token[r]]` (x[r] where that is None), of the matrices' type,
-        times the transpose of its expert's matrix.
-
-        Expert e has the rows up to `ends[e]`, [E] int64, from where the expert before it ends.
-        """
+        """See `expert_products`."""
         experts, blocks, words = self.weight.shape[:3]
         ins, outs = words * self.weight[0, 0, 0, 0].numel(), blocks * LANES
         out = x.new_empty(len(x) if token is None else len(token), outs)
@@ -77,13 +74,42 @@ class PackedExperts:
         return out
 
 
+Matrices = Tensor | PackedExperts | Tiles
+"""[E, out, in]"""
+
+
+def expert_matrices(source: Tensor, *, dtype: torch.dtype) -> Tensor | Tiles:
+    """`source` [E, out, in] as products in `dtype` want them."""
+    return Tiles((source,)) if Tiles.fit(source, dtype=dtype) else source.to(dtype)
+
+
+def laid_out_experts(matrices: Tensor | Tiles) -> Matrices:
+    """The same for many products without gradient."""
+    if isinstance(matrices, Tiles):
+        return matrices.laid_out()
+    return PackedExperts.of(matrices) if PackedExperts.fit(matrices) else matrices
+
+
+def expert_products(x: Tensor, token: Tensor | None, matrices: Matrices, ends: Tensor) -> Tensor:
+    """Row r of the result [P, out] is `x[token[r]]` (x[r] where that is None) times the transpose of its
+    expert's matrix; in C. Expert e has the rows up to `ends[e]`, [E] int64, from where that before it ends.
+    """
+    if isinstance(matrices, Tiles):
+        return matrices.product(x, None, token, ends)
+    packed = PackedExperts.of(matrices) if isinstance(matrices, Tensor) else matrices
+    return packed(x, token, ends)
+
+
 def expert_products_backward(
-    grad: Tensor, x: Tensor, token: Tensor | None, weight: Tensor, ends: Tensor
+    grad: Tensor, x: Tensor, token: Tensor | None, matrices: Tensor | Tiles, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to the rows taken from `x`, [P, in], and to `weight` [E, out, in], given `grad`
-    [P, out], all of one type."""
-    experts, outs, ins = weight.shape
-    x, weight, suffix = x.contiguous(), weight.contiguous(), SUFFIX[x.dtype]
+    """Gradients with respect to the rows taken from `x`, [P, in], and to the source of `matrices`, given
+    `grad` [P, out]."""
+    if isinstance(matrices, Tiles):
+        (of_source,) = matrices.gradients(grad, x, token, ends)
+        return matrices.backward(grad.contiguous(), ends), of_source
+    experts, outs, ins = matrices.shape
+    x, weight, suffix = x.contiguous(), matrices.contiguous(), SUFFIX[x.dtype]
     dx, dweight = x.new_empty(len(grad), ins), torch.empty_like(weight)
     call(f"expert_backward_x_{suffix}", experts, ins, outs, grad, weight, ends, dx)
     call(f"expert_backward_w_{suffix}", experts, ins, outs, grad, x, token, ends, dweight)

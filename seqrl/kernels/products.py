@@ -1,4 +1,4 @@
-"""Products of matrices, by the library that is fastest at them here.
+"""Products of matrices, by what is fastest at them here.
 
 Shape legend: T tokens.
 """
@@ -6,7 +6,7 @@ Shape legend: T tokens.
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqrl.kernels.record import current, made
+from seqrl.kernels.tiles import Tiles, add_gradient
+
+
+class Reordered(NamedTuple):
+    """A matrix in oneDNN's own layout, for many products without gradient."""
+
+    weight: Tensor
+    """[out, in]"""
+
+
+Matrix = Tensor | Tiles | Reordered
+"""[out, in]"""
 
 
 def _has_onednn(device: torch.device) -> bool:
@@ -24,11 +36,27 @@ def _has_onednn(device: torch.device) -> bool:
     )
 
 
-def packable(dtype: torch.dtype, device: torch.device) -> bool:
+def _reorders(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN can lay out matrices of this type for many products."""
     if dtype == torch.bfloat16:
         return _has_onednn(device) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return _has_onednn(device) and dtype == torch.float32
+
+
+def matrix(*sources: Tensor, dtype: torch.dtype) -> Tensor | Tiles:
+    """`sources` [out_i, in], one below the other, as products in `dtype` want them."""
+    if Tiles.fit(*sources, dtype=dtype):
+        return Tiles(sources)
+    return (sources[0] if len(sources) == 1 else torch.cat(sources)).to(dtype)
+
+
+def laid_out(weight: Tensor | Tiles) -> Matrix:
+    """A matrix for many products without gradient."""
+    if isinstance(weight, Tiles):
+        return weight.laid_out()
+    if _reorders(weight.dtype, weight.device):
+        return Reordered(torch.ops.mkldnn._reorder_linear_weight(weight))
+    return weight
 
 
 def recurring(rows: int, device: torch.device) -> int:
@@ -50,36 +78,65 @@ def filled_up(x: Tensor) -> Tensor:
     return F.pad(x, (0, recurring(len(x), x.device) - len(x)))
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """`x` [T, in] times the transpose of `weight` [out, in], plus `bias` [out]; without gradient."""
+    if isinstance(weight, Tiles):
+        return weight.product(x, bias)
     # MKL's float32 products are slow on processors of other makers; oneDNN's are not.
-    if x.dtype == torch.float32 and _has_onednn(x.device) and x.shape[0]:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if isinstance(weight, Reordered) or (x.dtype == torch.float32 and _has_onednn(x.device) and len(x)):
+        tensor = weight.weight if isinstance(weight, Reordered) else weight
+        return torch.ops.mkldnn._linear_pointwise(x, tensor, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
+def product_backward(grad: Tensor, weight: Tensor | Tiles) -> Tensor:
+    """The gradient [T, in] with respect to `product`'s x, given `grad` [T, out]."""
+    return weight.backward(grad) if isinstance(weight, Tiles) else product(grad, weight.t())
+
+
+def add_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, weight: Tensor | Tiles) -> None:
+    """Adds to `into` [out, in] the gradient with respect to `product`'s weight, given `grad` [T, out]."""
+    if isinstance(weight, Tiles) and into.dtype == torch.float32:
+        add_gradient(grad, x, into)
+    elif into.dtype == grad.dtype:
+        into.addmm_(grad.t(), x)
+    else:
+        into += grad.t() @ x
+
+
 class _Linear(torch.autograd.Function):
+    """Of a matrix of `sources`, or of the one tensor that `sources` is."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, tiles: Tiles | None, bias: Tensor | None, *sources: Tensor) -> Tensor:
+        ctx.tiled = tiles is not None
+        ctx.save_for_backward(x, *sources)
+        weight, outs = (tiles, tiles.outs) if tiles is not None else (sources[0], len(sources[0]))
         (out,) = made(lambda: (product(x, weight, bias),))
-        return x.new_empty(len(x), len(weight)) if out is None else out  # None: it is not asked for again
+        return x.new_empty(len(x), outs) if out is None else out  # None: it is not asked for again
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        x, *sources = ctx.saved_tensors
+        weight = Tiles(tuple(sources)) if ctx.tiled else sources[0]
+        wants_x, _, wants_bias, *wants_weights = ctx.needs_input_grad
         grad = grad.contiguous()
+        of_weights: list[Tensor] | list[None] = [None] * len(sources)
+        if any(wants_weights):
+            of_weights = weight.gradients(grad, x) if isinstance(weight, Tiles) else [grad.t() @ x]
         return (
-            product(grad, weight.t()) if wants_x else None,
-            grad.t() @ x if wants_weight else None,
+            product_backward(grad, weight) if wants_x else None,
+            None,
             grad.sum(0) if wants_bias else None,
+            *of_weights,
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product` with a gradient."""
-    if torch.is_grad_enabled() or current() is not None:
-        return _Linear.apply(x, weight, bias)
-    return product(x, weight, bias)
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """`product` with a gradient, but for a matrix that was laid out for those without."""
+    if isinstance(weight, Reordered) or not (torch.is_grad_enabled() or current() is not None):
+        return product(x, weight, bias)
+    if isinstance(weight, Tiles):
+        return _Linear.apply(x, weight, bias, *weight.sources)
+    return _Linear.apply(x, None, bias, weight)

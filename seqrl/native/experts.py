@@ -9,6 +9,7 @@ Shape legend: T tokens, k experts per token, P = T k pairs, E experts, H hidden,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,23 +18,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqrl.kernels import (
+    Matrices,
+    Matrix,
     PackedExperts,
+    Tiles,
     combined,
     combined_backward,
     current,
+    expert_products,
     expert_products_backward,
     gated,
     gated_backward,
     linear,
 )
 
-Matrices = Tensor | PackedExperts
-
 
 class Experts(NamedTuple):
     """A mixture of E gated feed-forward layers, `top_k` for each token."""
 
-    router: Tensor
+    router: Matrix
     """[E, H]"""
     gate_up: Matrices
     """[E, 2 I, H]"""
@@ -59,21 +62,32 @@ class Experts(NamedTuple):
 def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down: Matrices) -> Tensor:
     """The weighted sum [T, H] of what the experts `chosen` [T, k] say of `x` [T, H], in x's type."""
     expert, order = chosen.flatten().sort(stable=True)  # [P], pairs by expert
-    count = len(gate_up.weight if isinstance(gate_up, PackedExperts) else gate_up)
-    ends = torch.bincount(expert, minlength=count).cumsum(0)
+    ends = torch.bincount(expert, minlength=_count(gate_up)).cumsum(0)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     place, token = place.view_as(chosen), order // chosen.shape[1]
-    if isinstance(gate_up, PackedExperts):
-        assert isinstance(down, PackedExperts)
-        inner = gate_up(x, token, ends)
-        return combined(down(gated(inner), None, ends), place, weights.float())
-    assert isinstance(down, Tensor)
-    assert isinstance(gate_up, Tensor)
-    if PackedExperts.fit(gate_up, down):
-        return _Mixture.apply(x, token, place, weights.float(), ends, gate_up, down)
-    by_token = _by_torch(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
-    return (by_token * weights.to(x.dtype)[..., None]).sum(1)
+    if not in_c(gate_up, down):
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+        by_token = _by_torch(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
+        return (by_token * weights.to(x.dtype)[..., None]).sum(1)
+    if isinstance(gate_up, PackedExperts) or not (torch.is_grad_enabled() or current() is not None):
+        inner = expert_products(x, token, gate_up, ends)
+        return combined(expert_products(gated(inner), None, down, ends), place, weights.float())
+    sources = (m.sources[0] if isinstance(m, Tiles) else m for m in (gate_up, down))
+    tiled = isinstance(gate_up, Tiles), isinstance(down, Tiles)
+    return _Mixture.apply(x, token, place, weights.float(), ends, tiled, *sources)
+
+
+def _count(matrices: Matrices) -> int:
+    """E"""
+    if isinstance(matrices, Tiles):
+        return len(matrices.sources[0])
+    return len(matrices.weight if isinstance(matrices, PackedExperts) else matrices)
+
+
+def in_c(*matrices: Matrices) -> bool:
+    """Whether there is C for products with these."""
+    return all(not isinstance(m, Tensor) or PackedExperts.fit(m) for m in matrices)
 
 
 class _Mixture(torch.autograd.Function):
@@ -87,12 +101,14 @@ class _Mixture(torch.autograd.Function):
         place: Tensor,
         weights: Tensor,
         ends: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        tiled: tuple[bool, bool],
+        *sources: Tensor,
     ) -> Tensor:
+        gate_up, down = _matrices(sources, tiled)
+
         def compute() -> tuple[Tensor, ...]:
-            inner = PackedExperts.of(gate_up)(x, token, ends)
-            out = PackedExperts.of(down)(gated(inner), None, ends)
+            inner = expert_products(x, token, gate_up, ends)
+            out = expert_products(gated(inner), None, down, ends)
             return combined(out, place, weights), inner, out, place
 
         record = current()
@@ -105,18 +121,24 @@ class _Mixture(torch.autograd.Function):
                 pairs = torch.empty_like(place)  # where each pair was among those that were recorded
                 pairs.view(-1)[place.flatten()] = record.rows_of(recorded).flatten()
                 inner, out = (x.index_select(0, pairs.flatten()) for x in (inner, out))
-        ctx.save_for_backward(x, token, place, weights, ends, gate_up, down, inner, out)
+        ctx.tiled = tiled
+        ctx.save_for_backward(x, token, place, weights, ends, *sources, inner, out)
         return said
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, token, place, weights, ends, gate_up, down, inner, out = ctx.saved_tensors
+        x, token, place, weights, ends, *sources, inner, out = ctx.saved_tensors
+        gate_up, down = _matrices(sources, ctx.tiled)
         of_out, of_weights = combined_backward(out, place, weights, grad.contiguous())
         of_activation, of_down = expert_products_backward(of_out, gated(inner), None, down, ends)
         of_inner = gated_backward(inner, of_activation)
         of_pairs, of_gate_up = expert_products_backward(of_inner, x, token, gate_up, ends)
-        return combined(of_pairs, place, None), None, None, of_weights, None, of_gate_up, of_down
+        return combined(of_pairs, place, None), None, None, of_weights, None, None, of_gate_up, of_down
+
+
+def _matrices(sources: Sequence[Tensor], tiled: Sequence[bool]) -> list[Tensor | Tiles]:
+    return [Tiles((x,)) if on_tiles else x for x, on_tiles in zip(sources, tiled, strict=True)]
 
 
 def _by_torch(pairs: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqrl.kernels import PackedExperts, add_norm, current, fits, made
-from seqrl.native.experts import Experts
+from seqrl.kernels import add_norm, current, fits, made
+from seqrl.native.experts import Experts, in_c
 from seqrl.native.weights import Dense, Layer, Weights
 
 Attention = Callable[[int, Layer, Tensor], Tensor]
@@ -86,9 +86,8 @@ def can_record(w: Weights) -> bool:
 
     def fit(mlp: Dense | Experts) -> bool:
         if isinstance(mlp, Dense):
-            return fits(w.dtype, w.dtype, stream.device, mlp.down.weight.shape[1])
-        matrices = (mlp.gate_up, mlp.down)
-        return all(isinstance(x, Tensor) and PackedExperts.fit(x) for x in matrices)
+            return fits(w.dtype, w.dtype, stream.device, mlp.width)
+        return in_c(mlp.gate_up, mlp.down)
 
     return fits(stream.dtype, w.dtype, stream.device, stream.shape[1], w.turn.size // 2) and all(
         fit(layer.mlp) for layer in w.layers

@@ -15,7 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqrl.kernels import PackedExperts, Turn, gated, linear, packable
+from seqrl.kernels import (
+    Matrices,
+    Matrix,
+    Reordered,
+    Tiles,
+    Turn,
+    expert_matrices,
+    gated,
+    laid_out,
+    laid_out_experts,
+    linear,
+    matrix,
+)
 from seqrl.native.experts import Experts
 
 MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "qwen3_moe"})
@@ -28,14 +40,10 @@ _READ = re.compile(
 
 
 class Linear(NamedTuple):
-    weight: Tensor
-    """[out, in] in the compute type; for decoding in oneDNN's own layout."""
+    weight: Matrix
     bias: Tensor | None
-    packed: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return linear(x, self.weight, self.bias)
 
 
@@ -44,6 +52,13 @@ class Dense(NamedTuple):
 
     gate_up: Linear
     down: Linear
+
+    @property
+    def width(self) -> int:
+        """Of what lies between the two."""
+        down = self.down.weight
+        assert not isinstance(down, Reordered), "laid out, its shape is oneDNN's"
+        return down.ins if isinstance(down, Tiles) else down.shape[1]
 
     def __call__(self, y: Tensor) -> Tensor:
         return self.down(gated(self.gate_up(y)))
@@ -126,26 +141,27 @@ def read_weights(
     dtype: torch.dtype,
     *,
     length: int,
-    pack: bool = False,
+    keep: bool = False,
     asked: list[Tensor] | None = None,
 ) -> Weights:
     """The weights of `model` as they are now, matrices in `dtype`, for positions below `length`.
 
-    `pack` lays them out for many small products without gradient, where this device has a way to. `asked`
-    takes the experts that a forward chooses, layer by layer.
+    `keep` lays them out for many products without gradient. `asked` takes the experts that a forward chooses,
+    layer by layer.
     """
-    pack = pack and packable(dtype, model.device)
 
     def linear_of(*modules: Any) -> Linear:
         biases = [module.bias for module in modules if getattr(module, "bias", None) is not None]
-        weight = joined([module.weight for module in modules])
-        bias = joined(biases) if biases else None
-        if pack:
-            return Linear(torch.ops.mkldnn._reorder_linear_weight(weight), bias, packed=True)
-        return Linear(weight, bias)
+        bias = torch.cat(biases).to(dtype) if biases else None
+        return Linear(matrix_of(*(module.weight for module in modules)), bias)
 
-    def joined(tensors: list[Tensor]) -> Tensor:
-        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
+    def matrix_of(*sources: Tensor) -> Matrix:
+        weight = matrix(*sources, dtype=dtype)
+        return laid_out(weight) if keep else weight
+
+    def experts_of(source: Tensor) -> Matrices:
+        matrices = expert_matrices(source, dtype=dtype)
+        return laid_out_experts(matrices) if keep else matrices
 
     def norm(module: Any) -> Norm:
         return Norm(module.weight, module.variance_epsilon)
@@ -153,12 +169,10 @@ def read_weights(
     def mlp(module: Any) -> Dense | Experts:
         if not hasattr(module, "experts"):
             return Dense(linear_of(module.gate_proj, module.up_proj), linear_of(module.down_proj))
-        gate_up, down = module.experts.gate_up_proj.to(dtype), module.experts.down_proj.to(dtype)
-        packs = pack and PackedExperts.fit(gate_up, down)
         return Experts(
-            router=module.gate.weight.to(dtype),
-            gate_up=PackedExperts.of(gate_up) if packs else gate_up,
-            down=PackedExperts.of(down) if packs else down,
+            router=matrix_of(module.gate.weight),
+            gate_up=experts_of(module.experts.gate_up_proj),
+            down=experts_of(module.experts.down_proj),
             top_k=module.gate.top_k,
             normalise=module.gate.norm_topk_prob,
             asked=asked,

@@ -31,7 +31,7 @@ class NativeEngine(DecodingEngine):
     """A `RolloutEngine` for the models `why_unreadable` has nothing against."""
 
     def _decoder(self, rows: int, prompts: int, prompt_length: int, new_tokens: int) -> Decoder:
-        w = read_weights(self.model, self.dtype, length=prompt_length + new_tokens, pack=True)
+        w = read_weights(self.model, self.dtype, length=prompt_length + new_tokens, keep=True)
         stream = w.embedding
         if fits(stream.dtype, self.dtype, stream.device, stream.shape[1], w.turn.size // 2):
             return CachedDecoder(w, rows, prompts, prompt_length, new_tokens)

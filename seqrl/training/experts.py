@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqrl.kernels import expert_matrices
 from seqrl.native.experts import mixture
 
 EXPERTS_NAME = "sorted"
@@ -39,8 +40,9 @@ def sorted_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, gate_up, down = hidden.to(dtype), gate_up.to(dtype), down.to(dtype)
-    return mixture(hidden, chosen, weights, gate_up, down)
+        hidden = hidden.to(dtype)
+    matrices = (expert_matrices(source, dtype=hidden.dtype) for source in (gate_up, down))
+    return mixture(hidden, chosen, weights, *matrices)
 
 
 def expert_layers(model: Any) -> list[Any]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqrl.kernels import product
+from seqrl.kernels import Tiles, add_weight_gradient, matrix, product, product_backward
 from seqrl.kernels.head import Sums, Tile, exact, fold, gradient
 from seqrl.kernels.record import current, made
 
@@ -87,7 +87,12 @@ class Logits:
             return self.hidden[rows, columns]
         bias = None if self.bias is None else self.bias[columns].to(self.hidden.dtype)
         with torch.autocast(self.hidden.device.type, enabled=False):
-            return product(self.hidden[rows], self.weight[columns].to(self.hidden.dtype), bias)
+            return product(self.hidden[rows], self.matrix(columns), bias)
+
+    def matrix(self, columns: slice) -> Tensor | Tiles:
+        """The rows of the weight for these entries, as products with the hidden states want them."""
+        assert self.weight is not None
+        return matrix(self.weight[columns], dtype=self.hidden.dtype)
 
 
 @dataclass(frozen=True)
@@ -203,10 +208,11 @@ class _Statistics(torch.autograd.Function):
             gradient(tile, log_total[rows], *(x[rows] for x in factors), minus=minus, out=out)
             if weight is None:
                 return out, *[None] * 5
+            of_tile = logits.matrix(columns)
             if grad_hidden is not None:
-                grad_hidden[rows] += product(out, weight[columns].to(out.dtype).t())
+                grad_hidden[rows] += product_backward(out, of_tile)
             if grad_weight is not None:
-                _add_product(grad_weight[columns], out.t(), hidden[rows])
+                add_weight_gradient(grad_weight[columns], out, hidden[rows], of_tile)
             if grad_bias is not None:
                 grad_bias[columns] += out.sum(0, dtype=grad_bias.dtype)
             del tile, out  # before the next is there
@@ -270,11 +276,3 @@ def _gap(tile: Tile, theirs: Tile, largest: Tensor) -> Tensor:
     x, y = (each.logits.to(dtype) * each.scale for each in (tile, theirs))
     share = (x - largest[:, None]).exp()
     return (share * (x - y).masked_fill(share == 0, 0.0)).sum(1)
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a @ b, which may be of another type."""
-    if into.dtype == a.dtype:
-        into.addmm_(a, b)
-    else:
-        into += a @ b

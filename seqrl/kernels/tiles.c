@@ -1,0 +1,305 @@
+/* Products of matrices on tiles (tiles.h): y = x w^T of one matrix or of rows sorted by theirs, and dw = dy^T x.
+   No sum depends on how many rows there are, so that decoding and training get the same bits.
+
+   Row r of x is x[token[r]], x[r] where token is NULL. Matrix m has the rows up to ends[m], from where the one before
+   it ends; the only one has all `rows` where ends is NULL. A matrix [outs, ins] is laid out in columns of tiles, zeros
+   up to whole ones: [outs / 16, ins / 32, 16 pairs, 16 outs, 2]. So is its transpose, for dx = dy w. */
+#define _GNU_SOURCE
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "chunks.h"
+#include "tiles.h"
+
+#define PANEL 32            /* rows, and columns, of a square of squares */
+#define CHUNK 256           /* rows of a task */
+#define NEAR (1 << 19)      /* bytes of columns that stay in the processor's second cache while rows pass */
+#define NEAR_STEPS 32       /* of a gradient's rows, likewise */
+#define TALL 512            /* rows and columns of a gradient that a task adds up, at most */
+#define WIDE 256
+#define TASKS_PER_THREAD 3L /* at least, where there is so much to share out */
+
+#ifndef __AMX_BF16__
+
+int tiles_here(void) { return 0; }
+void tile_pack(long matrices, long outs, long ins, const void *w, long is_f32, long first, long total,
+               uint32_t *columns, uint32_t *transposed) {}
+int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
+                  const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
+    return 1;
+}
+int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy, long dy_stride, const bf16 *x,
+                  const int64_t *token, const int64_t *ends, long is_f32, long add, void *dw) {
+    return 1;
+}
+
+#else
+
+static inline long pieces(long count, long size) { return (count + size - 1) / size; }
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+int tiles_here(void) {
+    static int known = -1;
+    if (known < 0) known = syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, tile data */
+    return known;
+}
+
+/* The first `count` of 16 lanes. */
+INLINE __mmask16 lanes(long count) { return count >= LANES ? 0xffff : (1 << (count < 0 ? 0 : count)) - 1; }
+
+INLINE __m256i rounded(const float *x, long count) {
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes(count), x));
+}
+
+/* The first `count` of 32 numbers from x[at] on as 16 words. */
+INLINE __m512i words_of_row(int is_f32, const void *x, long at, long count) {
+    if (!is_f32) {
+        __mmask32 mask = lanes(count) | (__mmask32)lanes(count - LANES) << LANES;
+        return _mm512_maskz_loadu_epi16(mask, (const bf16 *)x + at);
+    }
+    const float *from = (const float *)x + at;
+    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded(from, count)), rounded(from + LANES, count - LANES), 1);
+}
+
+/* 32 rows by 32 columns as 16 pairs of rows, in two tiles side by side: of rows, of which rows[r] says where r starts
+   in x, the first `count`; of columns the first `width`. Zeros beyond. */
+INLINE void pairs_of_rows(int is_f32, const void *x, const long *rows, long count, long width, __m512i tiles[2][LANES]) {
+#pragma GCC unroll 16
+    for (int p = 0; p < LANES; p++) {
+        __m512i one = words_of_row(is_f32, x, rows[2 * p], 2 * p < count ? width : 0);
+        __m512i two = words_of_row(is_f32, x, rows[2 * p + 1], 2 * p + 1 < count ? width : 0);
+        for (int half = 0; half < 2; half++) {
+            __m512i low = _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(one, 1) : _mm512_castsi512_si256(one));
+            __m512i high = _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(two, 1) : _mm512_castsi512_si256(two));
+            tiles[half][p] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        }
+    }
+}
+
+/* 32 outputs of one matrix, from `out` of its own and `place` of those it is joined with. */
+INLINE void pack_outputs(int is_f32, long ins, const void *w, long count, long place, long total, uint32_t *columns,
+                         uint32_t *transposed) {
+    long in_steps = pieces(ins, STEP_NUMBERS), out_words = pieces(total, STEP_NUMBERS) * TILE;
+    __m512i tiles[2][LANES];
+    for (long half = 0; columns && half < count; half += LANES)
+        for (long s = 0; s < in_steps; s++) {
+            uint32_t *to = columns + ((place + half) / LANES * in_steps + s) * TILE;
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                long have = half + i < count ? ins - s * STEP_NUMBERS : 0;
+                tiles[0][i] = words_of_row(is_f32, w, (half + i) * ins + s * STEP_NUMBERS, have);
+            }
+            transpose(tiles[0]);
+            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(to + i * LANES, tiles[0][i]);
+        }
+    long rows[STEP_NUMBERS], pairs = place + count == total ? (out_words / LANES) - place / 2 : count / 2;
+    if (pairs > LANES) pairs = LANES;
+    for (long i = 0; transposed && i < ins; i += STEP_NUMBERS) {
+        for (long r = 0; r < STEP_NUMBERS; r++) rows[r] = r * ins + i;
+        pairs_of_rows(is_f32, w, rows, count, ins - i, tiles);
+        for (long half = 0; half < 2 && i + half * LANES < ins; half++) {
+            uint32_t *to = transposed + (i / LANES + half) * out_words + place / 2 * LANES;
+            for (long p = 0; p < pairs; p++) _mm512_storeu_si512(to + p * LANES, tiles[half][p]);
+        }
+    }
+}
+
+/* Lays out w [matrices, outs, ins], rows `first` .. + outs of matrices that have `total`: in columns of tiles, for
+   x w^T, and its transpose, for dy w; either may be NULL. first is a multiple of 16, so is outs where more rows follow. */
+void tile_pack(long matrices, long outs, long ins, const void *w, long is_f32, long first, long total,
+               uint32_t *columns, uint32_t *transposed) {
+    long columns_words = pieces(total, LANES) * pieces(ins, STEP_NUMBERS) * TILE;
+    long transposed_words = pieces(ins, LANES) * pieces(total, STEP_NUMBERS) * TILE;
+#pragma omp parallel for schedule(static) collapse(2)
+    for (long m = 0; m < matrices; m++)
+        for (long out = 0; out < outs; out += STEP_NUMBERS) {
+            uint32_t *c = columns ? columns + m * columns_words : NULL;
+            uint32_t *t = transposed ? transposed + m * transposed_words : NULL;
+            long count = least(outs - out, STEP_NUMBERS), at = (m * outs + out) * ins;
+            if (is_f32) pack_outputs(1, ins, (const float *)w + at, count, first + out, total, c, t);
+            else pack_outputs(0, ins, (const bf16 *)w + at, count, first + out, total, c, t);
+        }
+}
+
+/* `count` rows of two squares side by side, as bfloat16, into y from `column` of `width` on. */
+INLINE void put_rows(const float *sums, long count, const float *bias, long column, long width, bf16 *y) {
+    __mmask16 one = lanes(width - column), two = lanes(width - column - LANES);
+    __m512 of_one = bias ? _mm512_maskz_loadu_ps(one, bias + column) : _mm512_setzero_ps();
+    __m512 of_two = bias ? _mm512_maskz_loadu_ps(two, bias + column + LANES) : _mm512_setzero_ps();
+    for (long i = 0; i < count; i++) {
+        __m512 left = _mm512_load_ps(sums + i * LANES), right = _mm512_load_ps(sums + TILE + i * LANES);
+        if (bias) left = _mm512_add_ps(left, of_one), right = _mm512_add_ps(right, of_two);
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(right, left);
+        _mm512_mask_storeu_epi16(y + i * width + column, one | (__mmask32)two << LANES, both);
+    }
+}
+
+/* The rows r .. + count as a panel of 32, zeros behind them: where they lie, or a copy. */
+static const bf16 *panel(const bf16 *x, const int64_t *token, long r, long count, long ins, long steps, bf16 *copy) {
+    if (!token && count == PANEL && ins == steps * STEP_NUMBERS) return x + r * ins;
+    for (long i = 0; i < PANEL; i++)
+        for (long s = 0; s < steps; s++) {
+            long at = (token && i < count ? token[r + i] : r + i) * ins + s * STEP_NUMBERS;
+            __m512i row = words_of_row(0, x, at, i < count ? ins - s * STEP_NUMBERS : 0);
+            _mm512_storeu_si512(copy + (i * steps + s) * STEP_NUMBERS, row);
+        }
+    return copy;
+}
+
+/* y [rows, outs] = x w^T + bias, rounded once. Returns nonzero without memory. */
+int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
+                  const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
+    const int64_t all = rows;
+    long count, steps = pieces(ins, STEP_NUMBERS), out_blocks = pieces(outs, LANES);
+    Chunk *tasks = chunks(matrices, ends ? ends : &all, CHUNK, &count);
+    if (!tasks) return 1;
+    long strip = NEAR / (steps * PANEL * 64) * PANEL, wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count + 1);
+    strip = least(strip, pieces(pieces(outs, wanted), PANEL) * PANEL);
+    if (strip < PANEL) strip = PANEL;
+    long strips = pieces(outs, strip);
+    int failed = 0;
+#pragma omp parallel
+    {
+        bf16 *copy = aligned_alloc(64, PANEL * steps * 64);
+        float sums[4 * TILE] __attribute__((aligned(64)));
+        if (!copy) failed = 1;
+        tiles_on();
+#pragma omp for schedule(dynamic, 1)
+        for (long t = 0; t < count * strips; t++) {
+            if (!copy) continue;
+            Chunk c = tasks[t / strips];
+            long from = t % strips * strip, to = least(outs, from + strip);
+            const uint32_t *matrix = w + c.matrix * out_blocks * steps * TILE;
+            for (long r = c.first; r < c.end; r += PANEL) {
+                long have = least(c.end - r, PANEL), stride = steps * 64;
+                const bf16 *upper = panel(x, token, r, have, ins, steps, copy), *lower = upper + LANES * stride / 2;
+                for (long column = from; column < to; column += PANEL) {
+                    const uint32_t *left = matrix + column / LANES * steps * TILE;
+                    const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
+                    for (long i = 0; i < have; i++) __builtin_prefetch(y + (r + i) * outs + column, 1, 3);
+                    if (have > LANES) square(0, upper, lower, stride, 64, left, right, steps, 0, sums);
+                    else square(1, upper, lower, stride, 64, left, right, steps, 0, sums);
+                    put_rows(sums, least(have, LANES), bias, column, outs, y + r * outs);
+                    put_rows(sums + 2 * TILE, have - LANES, bias, column, outs, y + (r + LANES) * outs);
+                }
+            }
+        }
+        tiles_off();
+        free(copy);
+    }
+    free(tasks);
+    return failed;
+}
+
+/* One factor of a gradient: some columns of rows that are summed over. */
+typedef struct {
+    const bf16 *x;
+    const int64_t *token;
+    long stride, width;
+} Factor;
+
+/* Columns `column` .. `end` of `count` rows from r on, as a step of tiles: [columns / 16, steps, TILE], of rows where
+   `across`. */
+INLINE void pack_step(int across, Factor f, long r, long count, long column, long end, long steps, uint32_t *out) {
+    long rows[STEP_NUMBERS];
+    for (long i = 0; i < STEP_NUMBERS; i++) rows[i] = (f.token && i < count ? f.token[r + i] : r + i) * f.stride + column;
+    for (; column < end; column += STEP_NUMBERS, out += 2 * steps * TILE) {
+        __m512i tiles[2][LANES];
+        pairs_of_rows(0, f.x, rows, count, end - column, tiles);
+        for (int half = 0; half < 2; half++) {
+            if (across) transpose(tiles[half]);
+            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(out + half * steps * TILE + i * LANES, tiles[half][i]);
+        }
+        for (long i = 0; i < STEP_NUMBERS; i++) rows[i] += STEP_NUMBERS;
+    }
+}
+
+/* A square of sums into dw [.., ins] from `row` and `column` on, where [outs, ins] has room. */
+INLINE void put_square(const float *sums, int turn, long is_f32, long add, long row, long column, long outs, long ins,
+                       void *dw) {
+    __m512i tile[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) tile[i] = _mm512_load_si512(sums + i * LANES);
+    if (turn) transpose(tile);
+    __mmask16 mask = lanes(ins - column);
+    for (long i = 0; i < LANES && row + i < outs; i++) {
+        long at = (row + i) * ins + column;
+        __m512 value = (__m512)tile[i];
+        if (is_f32) {
+            float *to = (float *)dw + at;
+            if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
+            _mm512_mask_storeu_ps(to, mask, value);
+        } else
+            _mm256_mask_storeu_epi16((bf16 *)dw + at, mask, (__m256i)_mm512_cvtneps_pbh(value));
+    }
+}
+
+/* dw [matrices, outs, ins] = dy^T x, or added to it where `add`, which goes with float32. dy's rows are dy_stride
+   apart. Returns nonzero without memory. */
+int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy, long dy_stride, const bf16 *x,
+                  const int64_t *token, const int64_t *ends, long is_f32, long add, void *dw) {
+    const int64_t all = rows;
+    long count;
+    Chunk *steps = chunks(matrices, ends ? ends : &all, STEP_NUMBERS, &count);
+    long *first = malloc(sizeof(long) * (matrices + 1)); /* step of each matrix */
+    /* The narrower factor is turned into rows, once; the wider one lies in columns, which each task makes for itself. */
+    int turn = outs >= ins;
+    Factor of_x = {x, token, ins, ins}, of_y = {dy, NULL, dy_stride, outs};
+    Factor upper = turn ? of_x : of_y, left = turn ? of_y : of_x;
+    uint32_t *turned = aligned_alloc(64, (pieces(upper.width, PANEL) * count * 2 + 1) * TILE * 4);
+    long tall = least(pieces(upper.width, PANEL) * PANEL, TALL), wide = WIDE;
+    while (wide > PANEL && matrices * pieces(left.width, wide) < TASKS_PER_THREAD * omp_get_max_threads()) wide /= 2;
+    long across = pieces(left.width, wide), tasks = pieces(upper.width, tall) * across;
+    int failed = !steps || !first || !turned;
+    for (long m = 0; m <= matrices && !failed; m++) first[m] = 0;
+    for (long s = 0; s < count && !failed; s++) first[steps[s].matrix + 1]++;
+    for (long m = 0; m < matrices && !failed; m++) first[m + 1] += first[m];
+#pragma omp parallel if (!failed)
+    {
+        float *sums = failed ? NULL : aligned_alloc(64, tall * wide * sizeof(float));
+        uint32_t *columns = failed ? NULL : aligned_alloc(64, wide / LANES * NEAR_STEPS * TILE * 4);
+        if (!sums || !columns) failed = 1;
+        int able = sums && columns;
+#pragma omp for schedule(static)
+        for (long s = 0; s < count; s++)
+            if (able) pack_step(1, upper, steps[s].first, steps[s].end - steps[s].first, 0, upper.width, count, turned + s * TILE);
+        tiles_on();
+#pragma omp for schedule(dynamic, 1)
+        for (long t = 0; t < matrices * tasks; t++) {
+            if (!able) continue;
+            long m = t / tasks, row = t % tasks / across * tall, column = t % tasks % across * wide;
+            long row_end = least(upper.width, row + tall), column_end = least(left.width, column + wide);
+            void *to = is_f32 ? (void *)((float *)dw + m * outs * ins) : (void *)((bf16 *)dw + m * outs * ins);
+            for (long s = first[m]; s < first[m + 1] || s == first[m]; s += NEAR_STEPS) {
+                long near = least(first[m + 1] - s, NEAR_STEPS);
+                for (long i = 0; i < near; i++) {
+                    Chunk c = steps[s + i];
+                    pack_step(0, left, c.first, c.end - c.first, column, column_end, NEAR_STEPS, columns + i * TILE);
+                }
+                float *at = sums;
+                for (long r = row; r < row_end; r += PANEL)
+                    for (long c = column; c < column_end; c += PANEL, at += 4 * TILE) {
+                        const uint32_t *u = turned + (r / LANES * count + s) * TILE;
+                        const uint32_t *l = columns + (c - column) / LANES * NEAR_STEPS * TILE;
+                        square(0, u, u + count * TILE, 64, TILE * 4, l, l + NEAR_STEPS * TILE, near, s > first[m], at);
+                    }
+            }
+            float *at = sums;
+            for (long r = row; r < row_end; r += PANEL)
+                for (long c = column; c < column_end; c += PANEL, at += 4 * TILE)
+                    for (int q = 0; q < 4; q++) {
+                        long i = r + q / 2 * LANES, j = c + q % 2 * LANES;
+                        if (i >= row_end || j >= column_end) continue;
+                        if (turn) put_square(at + q * TILE, 1, is_f32, add, j, i, outs, ins, to);
+                        else put_square(at + q * TILE, 0, is_f32, add, i, j, outs, ins, to);
+                    }
+        }
+        tiles_off();
+        free(sums), free(columns);
+    }
+    free(steps), free(first), free(turned);
+    return failed;
+}
+
+#endif
