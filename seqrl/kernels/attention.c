@@ -10,21 +10,15 @@
    q, o, dout: [tokens, heads, size], k: [tokens, kv_heads, size]; v likewise, a token's starting every v_stride
    numbers. lse, delta: [tokens, heads] float32; dq, dk, dv: like q and k, float32. size is a multiple of 32.
    Products of bfloat16 are of pairs (words.h); the weights of values are rounded to it for them. */
-#include "words.h"
+#include "attention.h"
+#include "tiles.h"
 
-#define KEYS 64 /* columns whose scores are held at once */
 #define STEP 8  /* sums of a product that are held in registers */
 #ifdef __AVX512F__
 #define HELD 16
 #else
 #define HELD 8
 #endif
-
-typedef struct {
-    long heads, kv_heads, group, size, v_stride;
-    float scale;
-    const void *q, *k, *v;
-} Attention;
 
 typedef struct {
     long sequence, head, block;
@@ -78,29 +72,6 @@ INLINE void accumulate(int pairs, const vf *weights, const void *rows, long coun
 static void put(const float *x, const long *rows, const int *mine, long size, float scale, float *out) {
     for (int i = 0; i < LANES; i++)
         for (long d = 0; mine[i] && d < size; d++) out[rows[i] + d] = x[i * size + d] * scale;
-}
-
-/* 16 queries of one key head: position by position, the heads of the group side by side. */
-typedef struct {
-    long row[LANES], statistic[LANES]; /* where a lane's numbers start in q, and in lse */
-    vi position;                       /* in the sequence's own tokens */
-    int mine[LANES];                   /* 0: a copy of another lane, to fill up */
-    long last;
-} Queries;
-
-static Queries queries(const Attention *a, long own, long columns, long head, long block) {
-    Queries result;
-    long total = columns * a->group;
-    for (int i = 0; i < LANES; i++) {
-        long index = block * LANES + i, real = index < total ? index : total - 1;
-        long token = own + real / a->group, h = head * a->group + real % a->group;
-        result.row[i] = (token * a->heads + h) * a->size;
-        result.statistic[i] = token * a->heads + h;
-        result.position[i] = (int32_t)(real / a->group);
-        result.mine[i] = index < total;
-        result.last = real / a->group;
-    }
-    return result;
 }
 
 /* The rows of 16 lanes, each `size` numbers, across them. */
@@ -230,21 +201,10 @@ INLINE int backward(int pairs, long sequences, Attention a, const int64_t *share
     long query_tasks, key_tasks, size = a.size;
     Task *of_queries = blocks_of(sequences, own_columns, a.group, a.kv_heads, &query_tasks);
     Task *of_keys = blocks_of(sequences, own_columns, 1, a.kv_heads, &key_tasks);
-    /* The sequences that see others' tokens, by where these start: a list for each owner. */
     long *owner = malloc(sizeof(long) * (tokens + 1)), *next = malloc(sizeof(long) * (sequences + 1));
     long *guests = malloc(sizeof(long) * (sequences + 1));
     int failed = !of_queries || !of_keys || !owner || !next || !guests;
-    if (!failed) {
-        for (long s = 0; s < sequences; s++) {
-            guests[s] = -1;
-            for (long t = own[s]; t < own[s] + own_columns[s]; t++) owner[t] = s;
-        }
-        for (long s = sequences; s-- > 0;)
-            if (shared_columns[s] > 0) {
-                long host = owner[shared[s]];
-                next[s] = guests[host], guests[host] = s;
-            }
-    }
+    if (!failed) guests_of(sequences, shared, shared_columns, own, own_columns, owner, guests, next);
 #pragma omp parallel if (!failed)
     {
         word *one = failed ? NULL : aligned_alloc(64, 4 * size * sizeof(vf)), *other = one + size;
@@ -312,6 +272,8 @@ INLINE int backward(int pairs, long sequences, Attention a, const int64_t *share
                               const void *v, long v_stride, const int64_t *shared, const int64_t *shared_columns,   \
                               const int64_t *own, const int64_t *own_columns, void *o, float *lse) {                \
         Attention a = {heads, kv_heads, heads / kv_heads, size, v_stride, 1.0f / sqrtf((float)size), q, k, v};      \
+        if (pairs && tiles_here())                                                                                  \
+            return attend_forward_tiles(sequences, a, shared, shared_columns, own, own_columns, o, lse);            \
         return forward(pairs, sequences, a, shared, shared_columns, own, own_columns, o, lse);                      \
     }                                                                                                               \
     int attend_backward_##type(long sequences, long heads, long kv_heads, long size, const void *q, const void *k,  \
@@ -319,6 +281,9 @@ INLINE int backward(int pairs, long sequences, Attention a, const int64_t *share
                                const int64_t *own, const int64_t *own_columns, const void *o, const float *lse,     \
                                const void *dout, float *delta, long tokens, float *dq, float *dk, float *dv) {      \
         Attention a = {heads, kv_heads, heads / kv_heads, size, v_stride, 1.0f / sqrtf((float)size), q, k, v};      \
+        if (pairs && tiles_here())                                                                                  \
+            return attend_backward_tiles(sequences, a, shared, shared_columns, own, own_columns, o, lse, dout,      \
+                                         delta, tokens, dq, dk, dv);                                                \
         return backward(pairs, sequences, a, shared, shared_columns, own, own_columns, o, lse, dout, delta, tokens, \
                         dq, dk, dv);                                                                                \
     }

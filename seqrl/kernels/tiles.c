@@ -14,7 +14,7 @@
 
 #define PANEL 32            /* rows, and columns, of a square of squares */
 #define CHUNK 256           /* rows of a task */
-#define NEAR (1 << 19)      /* bytes of columns that stay in the processor's second cache while rows pass */
+#define NEAR (1 << 20)      /* bytes of columns that stay in the processor's second cache while rows pass */
 #define NEAR_STEPS 32       /* of a gradient's rows, likewise */
 #define TALL 512            /* rows and columns of a gradient that a task adds up, at most */
 #define WIDE 256
@@ -36,45 +36,10 @@ int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy,
 
 #else
 
-static inline long pieces(long count, long size) { return (count + size - 1) / size; }
-static inline long least(long a, long b) { return a < b ? a : b; }
-
 int tiles_here(void) {
     static int known = -1;
     if (known < 0) known = syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, tile data */
     return known;
-}
-
-/* The first `count` of 16 lanes. */
-INLINE __mmask16 lanes(long count) { return count >= LANES ? 0xffff : (1 << (count < 0 ? 0 : count)) - 1; }
-
-INLINE __m256i rounded(const float *x, long count) {
-    return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes(count), x));
-}
-
-/* The first `count` of 32 numbers from x[at] on as 16 words. */
-INLINE __m512i words_of_row(int is_f32, const void *x, long at, long count) {
-    if (!is_f32) {
-        __mmask32 mask = lanes(count) | (__mmask32)lanes(count - LANES) << LANES;
-        return _mm512_maskz_loadu_epi16(mask, (const bf16 *)x + at);
-    }
-    const float *from = (const float *)x + at;
-    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded(from, count)), rounded(from + LANES, count - LANES), 1);
-}
-
-/* 32 rows by 32 columns as 16 pairs of rows, in two tiles side by side: of rows, of which rows[r] says where r starts
-   in x, the first `count`; of columns the first `width`. Zeros beyond. */
-INLINE void pairs_of_rows(int is_f32, const void *x, const long *rows, long count, long width, __m512i tiles[2][LANES]) {
-#pragma GCC unroll 16
-    for (int p = 0; p < LANES; p++) {
-        __m512i one = words_of_row(is_f32, x, rows[2 * p], 2 * p < count ? width : 0);
-        __m512i two = words_of_row(is_f32, x, rows[2 * p + 1], 2 * p + 1 < count ? width : 0);
-        for (int half = 0; half < 2; half++) {
-            __m512i low = _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(one, 1) : _mm512_castsi512_si256(one));
-            __m512i high = _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(two, 1) : _mm512_castsi512_si256(two));
-            tiles[half][p] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-        }
-    }
 }
 
 /* 32 outputs of one matrix, from `out` of its own and `place` of those it is joined with. */
@@ -151,35 +116,36 @@ static const bf16 *panel(const bf16 *x, const int64_t *token, long r, long count
 int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
                   const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
     const int64_t all = rows;
-    long count, steps = pieces(ins, STEP_NUMBERS), out_blocks = pieces(outs, LANES);
+    long count, steps = pieces(ins, STEP_NUMBERS), stride = steps * 64, out_blocks = pieces(outs, LANES);
     Chunk *tasks = chunks(matrices, ends ? ends : &all, CHUNK, &count);
     if (!tasks) return 1;
-    long strip = NEAR / (steps * PANEL * 64) * PANEL, wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count + 1);
-    strip = least(strip, pieces(pieces(outs, wanted), PANEL) * PANEL);
-    if (strip < PANEL) strip = PANEL;
-    long strips = pieces(outs, strip);
+    long wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count + 1), strip = pieces(pieces(outs, wanted), PANEL);
+    strip = PANEL * least(strip, NEAR / (stride * PANEL) + 1);
     int failed = 0;
 #pragma omp parallel
     {
-        bf16 *copy = aligned_alloc(64, PANEL * steps * 64);
-        float sums[4 * TILE] __attribute__((aligned(64)));
+        bf16 *copy = aligned_alloc(64, PANEL * stride);
+        float sums[PANEL * PANEL] __attribute__((aligned(64)));
         if (!copy) failed = 1;
         tiles_on();
 #pragma omp for schedule(dynamic, 1)
-        for (long t = 0; t < count * strips; t++) {
+        for (long t = 0; t < count * pieces(outs, strip); t++) {
             if (!copy) continue;
-            Chunk c = tasks[t / strips];
-            long from = t % strips * strip, to = least(outs, from + strip);
+            Chunk c = tasks[t % count]; /* one after the other, so that columns stay near */
+            long from = t / count * strip, to = least(outs, from + strip);
             const uint32_t *matrix = w + c.matrix * out_blocks * steps * TILE;
             for (long r = c.first; r < c.end; r += PANEL) {
-                long have = least(c.end - r, PANEL), stride = steps * 64;
+                long have = least(c.end - r, PANEL);
                 const bf16 *upper = panel(x, token, r, have, ins, steps, copy), *lower = upper + LANES * stride / 2;
-                for (long column = from; column < to; column += PANEL) {
+                Soon soon = {.write_stride = outs * 2, .writes_a_step = pieces(have, steps), .read_stride = 64};
+                if (!token && r + 2 * PANEL <= c.end) soon.reads_a_step = pieces(PANEL, pieces(to - from, PANEL));
+                soon.read = (const char *)(x + (r + PANEL) * ins);
+                for (long column = from; column < to; column += PANEL, soon.read += steps * soon.reads_a_step * 64) {
                     const uint32_t *left = matrix + column / LANES * steps * TILE;
                     const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
-                    for (long i = 0; i < have; i++) __builtin_prefetch(y + (r + i) * outs + column, 1, 3);
-                    if (have > LANES) square(0, upper, lower, stride, 64, left, right, steps, 0, sums);
-                    else square(1, upper, lower, stride, 64, left, right, steps, 0, sums);
+                    soon.write = (char *)(y + r * outs + column);
+                    if (have > LANES) square(0, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
+                    else square(1, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
                     put_rows(sums, least(have, LANES), bias, column, outs, y + r * outs);
                     put_rows(sums + 2 * TILE, have - LANES, bias, column, outs, y + (r + LANES) * outs);
                 }
@@ -229,7 +195,9 @@ INLINE void put_square(const float *sums, int turn, long is_f32, long add, long 
         if (is_f32) {
             float *to = (float *)dw + at;
             if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
-            _mm512_mask_storeu_ps(to, mask, value);
+            /* Around the caches, where a line is written whole: what it holds is not read first. */
+            if (!add && mask == 0xffff && (uintptr_t)to % 64 == 0) _mm512_stream_ps(to, value);
+            else _mm512_mask_storeu_ps(to, mask, value);
         } else
             _mm256_mask_storeu_epi16((bf16 *)dw + at, mask, (__m256i)_mm512_cvtneps_pbh(value));
     }
@@ -282,7 +250,7 @@ int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy,
                     for (long c = column; c < column_end; c += PANEL, at += 4 * TILE) {
                         const uint32_t *u = turned + (r / LANES * count + s) * TILE;
                         const uint32_t *l = columns + (c - column) / LANES * NEAR_STEPS * TILE;
-                        square(0, u, u + count * TILE, 64, TILE * 4, l, l + NEAR_STEPS * TILE, near, s > first[m], at);
+                        square(0, u, u + count * TILE, 64, TILE * 4, l, l + NEAR_STEPS * TILE, near, s > first[m], at, (Soon){0});
                     }
             }
             float *at = sums;

@@ -15,6 +15,9 @@ int tiles_here(void);
 
 #ifdef __AMX_BF16__
 
+INLINE long pieces(long count, long size) { return (count + size - 1) / size; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
 /* The compiler does not know what tile instructions read: all that was written before is there now. */
 INLINE void tiles_read_memory(void) { __asm__ volatile("" ::: "memory"); }
 
@@ -32,11 +35,19 @@ INLINE void tiles_on(void) {
 
 INLINE void tiles_off(void) { _tile_release(); }
 
+/* What is wanted next and comes nearer meanwhile, a little at each step lest loads have to wait for it: rows that will
+   be written, and memory that will be read. */
+typedef struct {
+    char *write;
+    const char *read;
+    long write_stride, writes_a_step, read_stride, reads_a_step; /* strides in bytes */
+} Soon;
+
 /* 32 rows times 32 columns, or 16 rows times 32 where `half`, in squares side by side: sums [2][2][TILE], added to
    what is there where `add`. Rows are `stride` bytes apart and go on `next` bytes after each of `steps`; a step of
    columns is one tile after the other. */
 INLINE void square(int half, const void *upper, const void *lower, long stride, long next, const uint32_t *left,
-                   const uint32_t *right, long steps, int add, float *sums) {
+                   const uint32_t *right, long steps, int add, float *sums, Soon soon) {
     const char *one = upper, *two = lower;
     tiles_read_memory();
     if (add) {
@@ -59,6 +70,8 @@ INLINE void square(int half, const void *upper, const void *lower, long stride, 
         _tile_dpbf16ps(1, 4, 7);
         if (!half) _tile_dpbf16ps(2, 5, 6);
         if (!half) _tile_dpbf16ps(3, 5, 7);
+        for (long i = 0; i < soon.writes_a_step; i++, soon.write += soon.write_stride) __builtin_prefetch(soon.write, 1, 3);
+        for (long i = 0; i < soon.reads_a_step; i++, soon.read += soon.read_stride) __builtin_prefetch(soon.read, 0, 2);
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + TILE, 64);
@@ -68,6 +81,44 @@ INLINE void square(int half, const void *upper, const void *lower, long stride, 
 
 /* Rows of a 16 x 16 square of words become its columns. */
 INLINE void transpose(__m512i *rows) { exchange(rows, 8), exchange(rows, 4), exchange(rows, 2), exchange(rows, 1); }
+
+/* The first `count` of 16 lanes. */
+INLINE __mmask16 lanes(long count) { return count >= LANES ? 0xffff : (1 << (count < 0 ? 0 : count)) - 1; }
+
+INLINE __m256i rounded(const float *x, long count) {
+    if (count >= LANES) return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x));
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes(count), x));
+}
+
+/* The first `count` of 32 numbers from x[at] on as 16 words. */
+INLINE __m512i words_of_row(int is_f32, const void *x, long at, long count) {
+    if (!is_f32 && count >= STEP_NUMBERS) return _mm512_loadu_si512((const bf16 *)x + at);
+    if (!is_f32) {
+        __mmask32 mask = lanes(count) | (__mmask32)lanes(count - LANES) << LANES;
+        return _mm512_maskz_loadu_epi16(mask, (const bf16 *)x + at);
+    }
+    const float *from = (const float *)x + at;
+    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded(from, count)), rounded(from + LANES, count - LANES), 1);
+}
+
+INLINE void pairs_of(int is_f32, const void *x, const long *rows, long count, long width, __m512i tiles[2][LANES]) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+#pragma GCC unroll 16
+    for (int p = 0; p < LANES; p++) {
+        __m512i one = words_of_row(is_f32, x, rows[2 * p], 2 * p < count ? width : 0);
+        __m512i two = words_of_row(is_f32, x, rows[2 * p + 1], 2 * p + 1 < count ? width : 0);
+        __m512i low = _mm512_unpacklo_epi16(one, two), high = _mm512_unpackhi_epi16(one, two);
+        tiles[0][p] = _mm512_permutex2var_epi64(low, first, high);
+        tiles[1][p] = _mm512_permutex2var_epi64(low, second, high);
+    }
+}
+
+/* 32 rows by 32 columns as 16 pairs of rows, in two tiles side by side: of rows, of which rows[r] says where r starts
+   in x, the first `count`; of columns the first `width`. Zeros beyond. */
+INLINE void pairs_of_rows(int is_f32, const void *x, const long *rows, long count, long width, __m512i tiles[2][LANES]) {
+    if (count < STEP_NUMBERS || width < STEP_NUMBERS) pairs_of(is_f32, x, rows, count, width, tiles);
+    else pairs_of(is_f32, x, rows, STEP_NUMBERS, STEP_NUMBERS, tiles);
+}
 
 #endif
 #endif

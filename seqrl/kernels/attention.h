@@ -1,0 +1,60 @@
+/* What is known of attention over flat tokens (attention.c), whatever computes it. */
+#ifndef SEQRL_ATTENTION_H
+#define SEQRL_ATTENTION_H
+
+#include "words.h"
+
+#define KEYS 64 /* columns whose scores are held at once */
+
+typedef struct {
+    long heads, kv_heads, group, size, v_stride;
+    float scale;
+    const void *q, *k, *v;
+} Attention;
+
+/* 16 queries of one key head: position by position, the heads of the group side by side. */
+typedef struct {
+    long row[LANES], statistic[LANES]; /* where a lane's numbers start in q, and in lse */
+    vi position;                       /* in the sequence's own tokens */
+    int mine[LANES];                   /* 0: a copy of another lane, to fill up */
+    long last;
+} Queries;
+
+static inline Queries queries(const Attention *a, long own, long columns, long head, long block) {
+    Queries result;
+    long total = columns * a->group;
+    for (int i = 0; i < LANES; i++) {
+        long index = block * LANES + i, real = index < total ? index : total - 1;
+        long token = own + real / a->group, h = head * a->group + real % a->group;
+        result.row[i] = (token * a->heads + h) * a->size;
+        result.statistic[i] = token * a->heads + h;
+        result.position[i] = (int32_t)(real / a->group);
+        result.mine[i] = index < total;
+        result.last = real / a->group;
+    }
+    return result;
+}
+
+/* The sequences that see another's tokens, a list for each owner: first[s], then next[..], -1 behind the last. `owner`
+   is scratch space, of a number for each token. */
+static inline void guests_of(long sequences, const int64_t *shared, const int64_t *shared_columns, const int64_t *own,
+                             const int64_t *own_columns, long *owner, long *first, long *next) {
+    for (long s = 0; s < sequences; s++) {
+        first[s] = -1;
+        for (long t = own[s]; t < own[s] + own_columns[s]; t++) owner[t] = s;
+    }
+    for (long s = sequences; s-- > 0;)
+        if (shared_columns[s] > 0) {
+            long host = owner[shared[s]];
+            next[s] = first[host], first[host] = s;
+        }
+}
+
+/* The same in bfloat16 on tiles, for processors that have them (tiles.h): attention_tiles.c. */
+int attend_forward_tiles(long sequences, Attention a, const int64_t *shared, const int64_t *shared_columns,
+                         const int64_t *own, const int64_t *own_columns, bf16 *o, float *lse);
+int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, const int64_t *shared_columns,
+                          const int64_t *own, const int64_t *own_columns, const bf16 *o, const float *lse,
+                          const bf16 *dout, float *delta, long tokens, float *dq, float *dk, float *dv);
+
+#endif
