@@ -153,18 +153,20 @@ static void see(const Attention *a, Block *b, Rows keys, const uint32_t *values,
         store_f32(scores + j * LANES, score);
         top = larger(score, top);
     }
-    vf shrink = vexp(b->most - top), total = b->total * shrink;
+    vf shrink = vexp(b->most - top), totals[LANES] = {{0}}; /* of keys that are 16 apart, as in cache_tiles.c */
     for (long j = 0; j < count; j += 2) {
         vf one = vexp(load_f32(scores + j * LANES) - top), two = {0};
-        total += one;
-        if (j + 1 < count) total += two = vexp(load_f32(scores + (j + 1) * LANES) - top);
+        if (j + 1 < count) two = vexp(load_f32(scores + (j + 1) * LANES) - top);
+        totals[j % LANES] += one, totals[j % LANES + 1] += two;
         _mm512_store_si512(weights + j / 2 * LANES, pair_of(halves_of(one), halves_of(two)));
     }
+    for (int step = LANES / 2; step; step /= 2)
+        for (int i = 0; i < step; i++) totals[i] += totals[i + step];
     memset(weights + (count + 1) / 2 * LANES, 0, (steps * LANES - (count + 1) / 2) * 64);
     if (_mm512_cmpneq_ps_mask((__m512)shrink, _mm512_set1_ps(1)))
         for (long d = 0; d < a->size; d++) store_f32(b->out + d * LANES, load_f32(b->out + d * LANES) * shrink);
     add_weighted(values, weights, steps, a->size, b->out);
-    b->most = top, b->total = total;
+    b->most = top, b->total = b->total * shrink + totals[0];
 }
 
 /* sums [size / 16, TILE], numbers by 16 rows, as those rows: `put` says what becomes of 16 numbers of lane i. */

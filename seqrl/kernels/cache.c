@@ -3,9 +3,8 @@
    `words` for a key's `size` numbers.
 
    Sums are added up in attention.c's order, so that decoding says what training says. */
-#include "words.h"
-
-#define KEYS 64 /* columns whose scores are held at once, here as there */
+#include "cache.h"
+#include "tiles.h"
 
 typedef struct {
     long group, size, words;
@@ -141,7 +140,10 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
     void append_##type(long tokens, long kv_heads, long size, long blocks, const void *k, const void *v,           \
                        long v_stride, uint32_t *keys, void *values, const int64_t *slot,                           \
                        const int64_t *column) {                                                                    \
-        append(pairs, tokens, kv_heads, size, blocks, k, v, v_stride, keys, values, slot, column);                 \
+        if (pairs && tiles_here())                                                                                 \
+            append_tiles(tokens, kv_heads, size, blocks, k, v, v_stride, keys, values, slot, column);              \
+        else                                                                                                       \
+            append(pairs, tokens, kv_heads, size, blocks, k, v, v_stride, keys, values, slot, column);                 \
     }                                                                                                              \
     void attend_cached_##type(long rows, long heads, long kv_heads, long size, const void *q,                      \
                               const uint32_t *prompt_keys, const void *prompt_values, long prompt_blocks,      \
@@ -149,6 +151,11 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
                               const void *own_values, long own_blocks, const int64_t *own,                     \
                               const int64_t *own_columns, float *sums, void *out) {                                \
         Shape s = {heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};                              \
+        if (pairs && tiles_here()) {                                                                               \
+            attend_cached_tiles(rows, heads, kv_heads, size, q, prompt_keys, prompt_values, prompt_blocks, prompt, \
+                                prompt_columns, own_keys, own_values, own_blocks, own, own_columns, out);          \
+            return;                                                                                                \
+        }                                                                                                          \
         attend(pairs, rows, heads, kv_heads, s, q, prompt_keys, prompt_values, prompt_blocks, prompt,              \
                prompt_columns, own_keys, own_values, own_blocks, own, own_columns, sums, out);                     \
     }

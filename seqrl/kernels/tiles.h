@@ -21,17 +21,20 @@ INLINE long least(long a, long b) { return a < b ? a : b; }
 /* The compiler does not know what tile instructions read: all that was written before is there now. */
 INLINE void tiles_read_memory(void) { __asm__ volatile("" ::: "memory"); }
 
-/* Each thread says what its tiles are before it uses them, and gives them back. */
-INLINE void tiles_on(void) {
+/* Each thread says what its tiles are before it uses them, and gives them back: `rows` of them in all but the last two,
+   which are columns. */
+INLINE void tiles_of(int rows) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
     } shape __attribute__((aligned(64))) = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = i < 6 ? rows : 16;
     tiles_read_memory();
     _tile_loadconfig(&shape);
 }
+
+INLINE void tiles_on(void) { tiles_of(16); }
 
 INLINE void tiles_off(void) { _tile_release(); }
 

@@ -81,27 +81,39 @@ static inline void put_bf16(bf16 *p, float x) {
     *p = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+/* Lanes that are 8, 4, 2 and 1 apart, in this order. */
 static inline float sum(vf x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    for (int step = LANES / 2; step; step /= 2)
+        for (int i = 0; i < step; i++) x[i] += x[i + step];
+    return x[0];
+#endif
 }
 
 static inline float largest(vf x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float most = x[0];
     for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
     return most;
+#endif
 }
 
 static inline vf pick(vi where, vf yes, vf no) { return (vf)(((vi)yes & where) | ((vi)no & ~where)); }
 static inline vf larger(vf a, vf b) { return pick(a > b, a, b); }
 
-/* exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by a polynomial of degree 6: within 2 units in the last place.
-   Below -87 it is 0, above 88 infinite; a NaN stays one. */
+/* exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by a polynomial of degree 6: within 2 units in the last place. Below -87
+   it is 0, above 89 infinite; a NaN stays one. */
 static inline vf vexp(vf x) {
+#ifdef __AVX512F__
+    vf bounded = (vf)_mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
+#else
     vf bounded = pick(x > 88.0f, splat(88.0f), pick(x < -87.0f, splat(-87.0f), x));
+#endif
     vf shifted = fused(bounded, splat(1.44269504f), splat(12582912.0f)); /* rounds to an integer, in the low bits */
-    vi power = ((vi)shifted - 0x4b400000) << 23;
     vf n = shifted - 12582912.0f;
     vf r = fused(n, splat(-0.693359375f), bounded);
     r = fused(n, splat(2.12194440e-4f), r);
@@ -112,9 +124,15 @@ static inline vf vexp(vf x) {
     p = fused(p, r, splat(1.6666665459e-1f));
     p = fused(p, r, splat(5.0000001201e-1f));
     p = fused(p, r * r, r) + 1.0f;
+#ifdef __AVX512F__
+    __mmask16 there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(there, (__m512)p, (__m512)n);
+#else
+    vi power = ((vi)shifted - 0x4b400000) << 23;
     vf result = (vf)((vi)p + power);
     result = pick(x < -87.0f, splat(0.0f), pick(x > 88.0f, splat(INFINITY), result));
     return pick(x == x, result, x);
+#endif
 }
 
 #endif

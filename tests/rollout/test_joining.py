@@ -163,5 +163,5 @@ def test_room_for_responses_grows_with_them(monkeypatch: pytest.MonkeyPatch) -> 
     grown, decoder = made_by(model, prompts, sampling, 8)
     assert [r.tokens.tolist() for r in at_once] == [r.tokens.tolist() for r in grown]
     longest = max(len(r.tokens) for r in grown)
-    assert longest > 32 and roomy.own[0].columns == 80
+    assert longest > 32 and roomy.own[0].columns == 96
     assert longest - 1 <= decoder.own[0].columns < 2 * longest
