@@ -174,7 +174,7 @@ class Cache:
     keys: Tensor
     """[slots, K, blocks, D, 16]; in bfloat16 [slots, K, blocks, D / 2, 16, 2]."""
     values: Tensor
-    """[slots, K, 16 blocks, D]; in bfloat16 on a processor with tiles 32 columns at a time as cache_tiles.c says."""
+    """[slots, K, 16 blocks, D]; in bfloat16 on a processor with tiles as cache_tiles.c says."""
 
     @classmethod
     def of(cls, slots: int, columns: int, kv_heads: int, size: int, dtype: torch.dtype) -> Cache:

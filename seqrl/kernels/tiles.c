@@ -29,8 +29,16 @@ int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, 
                   const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
     return 1;
 }
-int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy, long dy_stride, const bf16 *x,
-                  const int64_t *token, const int64_t *ends, long is_f32, long add, void *dw) {
+int tile_gated(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token, const uint32_t *w,
+               const int64_t *ends, bf16 *y, bf16 *activation) {
+    return 1;
+}
+int tile_gated_backward(long matrices, long rows, long outs, long width, const bf16 *dy, const uint32_t *w,
+                        const int64_t *ends, const bf16 *gate_up, bf16 *dgate_up, bf16 *activation) {
+    return 1;
+}
+int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy, const bf16 *x, const int64_t *token,
+                  const int64_t *ends, long is_f32, long add, const int64_t *part_ends, const int64_t *address) {
     return 1;
 }
 
@@ -112,15 +120,69 @@ static const bf16 *panel(const bf16 *x, const int64_t *token, long r, long count
     return copy;
 }
 
-/* y [rows, outs] = x w^T + bias, rounded once. Returns nonzero without memory. */
-int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
-                  const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
+/* What becomes of the sums of a product. */
+typedef struct {
+    enum { PLAIN, GATED, GATED_BACKWARD } kind;
+    const float *bias;
+    bf16 *y;              /* may be NULL where GATED */
+    const bf16 *gate_up;  /* of GATED_BACKWARD, [rows, 2 width] */
+    bf16 *activation;     /* of the two, [rows, width] */
+    long width;           /* of y; of the activation */
+} Use;
+
+/* `count` rows of 16 gates and what they let through, of columns `column` .. + 16. */
+INLINE void put_gated(const float *sums, long count, long column, long row, const Use *use) {
+    long width = use->width;
+    __mmask16 mask = lanes(width - column);
+    for (long i = 0; i < count; i++) {
+        __m256i gate = (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(sums + i * LANES));
+        __m256i up = (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(sums + TILE + i * LANES));
+        bf16 *y = use->y + (row + i) * 2 * width + column;
+        if (use->y) _mm256_mask_storeu_epi16(y, mask, gate), _mm256_mask_storeu_epi16(y + width, mask, up);
+        vf out = gated((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(gate), 16), (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(up), 16));
+        _mm256_mask_storeu_epi16(use->activation + (row + i) * width + column, mask, (__m256i)_mm512_cvtneps_pbh((__m512)out));
+    }
+}
+
+/* `count` rows of the gradient of 16 columns of an activation: that of its gates and of what they let through, and the
+   activation made again. */
+INLINE void put_gated_backward(const float *sums, long count, long column, long row, const Use *use) {
+    long width = use->width;
+    __mmask16 mask = lanes(width - column);
+    for (long i = 0; i < count && mask; i++) {
+        long at = (row + i) * 2 * width + column;
+        vf gate = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, use->gate_up + at)), 16);
+        vf up = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, use->gate_up + at + width)), 16);
+        vf dgate, dup;
+        __m256i out = (__m256i)_mm512_cvtneps_pbh((__m512)gated(gate, up));
+        gated_backward(gate, up, load_f32(sums + i * LANES), &dgate, &dup);
+        _mm256_mask_storeu_epi16(use->y + at, mask, (__m256i)_mm512_cvtneps_pbh((__m512)dgate));
+        _mm256_mask_storeu_epi16(use->y + at + width, mask, (__m256i)_mm512_cvtneps_pbh((__m512)dup));
+        _mm256_mask_storeu_epi16(use->activation + (row + i) * width + column, mask, out);
+    }
+}
+
+/* 16 rows of two squares side by side. */
+INLINE void put(const float *sums, long count, long column, long row, long outs, const Use *use) {
+    if (use->kind == PLAIN) put_rows(sums, count, use->bias, column, outs, use->y + row * outs);
+    if (use->kind == GATED) put_gated(sums, count, column, row, use);
+    if (use->kind == GATED_BACKWARD) {
+        put_gated_backward(sums, count, column, row, use);
+        put_gated_backward(sums + TILE, count, column + LANES, row, use);
+    }
+}
+
+/* x w^T [rows, outs]. Returns nonzero without memory. */
+INLINE int products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token, const uint32_t *w,
+                    const int64_t *ends, Use use) {
     const int64_t all = rows;
     long count, steps = pieces(ins, STEP_NUMBERS), stride = steps * 64, out_blocks = pieces(outs, LANES);
+    /* Of gated ones, columns with what they let through half the width further on. */
+    long width = use.kind == GATED ? outs / 2 : outs, next = use.kind == GATED ? LANES : PANEL;
     Chunk *tasks = chunks(matrices, ends ? ends : &all, CHUNK, &count);
     if (!tasks) return 1;
-    long wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count + 1), strip = pieces(pieces(outs, wanted), PANEL);
-    strip = PANEL * least(strip, NEAR / (stride * PANEL) + 1);
+    long wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count + 1), strip = pieces(pieces(width, wanted), PANEL);
+    strip = PANEL * least(strip, NEAR / (stride * PANEL * (PANEL / next)) + 1);
     int failed = 0;
 #pragma omp parallel
     {
@@ -129,25 +191,26 @@ int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, 
         if (!copy) failed = 1;
         tiles_on();
 #pragma omp for schedule(dynamic, 1)
-        for (long t = 0; t < count * pieces(outs, strip); t++) {
+        for (long t = 0; t < count * pieces(width, strip); t++) {
             if (!copy) continue;
             Chunk c = tasks[t % count]; /* one after the other, so that columns stay near */
-            long from = t / count * strip, to = least(outs, from + strip);
+            long from = t / count * strip, to = least(width, from + strip);
             const uint32_t *matrix = w + c.matrix * out_blocks * steps * TILE;
             for (long r = c.first; r < c.end; r += PANEL) {
                 long have = least(c.end - r, PANEL);
                 const bf16 *upper = panel(x, token, r, have, ins, steps, copy), *lower = upper + LANES * stride / 2;
-                Soon soon = {.write_stride = outs * 2, .writes_a_step = pieces(have, steps), .read_stride = 64};
-                if (!token && r + 2 * PANEL <= c.end) soon.reads_a_step = pieces(PANEL, pieces(to - from, PANEL));
+                Soon soon = {.write_stride = outs * 2, .writes_a_step = use.y ? pieces(have, steps) : 0, .read_stride = 64};
+                if (!token && r + 2 * PANEL <= c.end) soon.reads_a_step = pieces(PANEL, pieces(to - from, next));
                 soon.read = (const char *)(x + (r + PANEL) * ins);
-                for (long column = from; column < to; column += PANEL, soon.read += steps * soon.reads_a_step * 64) {
+                for (long column = from; column < to; column += next, soon.read += steps * soon.reads_a_step * 64) {
+                    long other = use.kind == GATED ? width + column : column + LANES;
                     const uint32_t *left = matrix + column / LANES * steps * TILE;
-                    const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
-                    soon.write = (char *)(y + r * outs + column);
+                    const uint32_t *right = other < outs ? matrix + other / LANES * steps * TILE : left;
+                    soon.write = (char *)(use.y + r * outs + column);
                     if (have > LANES) square(0, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
                     else square(1, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
-                    put_rows(sums, least(have, LANES), bias, column, outs, y + r * outs);
-                    put_rows(sums + 2 * TILE, have - LANES, bias, column, outs, y + (r + LANES) * outs);
+                    put(sums, least(have, LANES), column, r, outs, &use);
+                    put(sums + 2 * TILE, have - LANES, column, r + LANES, outs, &use);
                 }
             }
         }
@@ -156,6 +219,28 @@ int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, 
     }
     free(tasks);
     return failed;
+}
+
+/* y [rows, outs] = x w^T + bias, rounded once. */
+int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
+                  const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
+    return products(matrices, rows, ins, outs, x, token, w, ends, (Use){.kind = PLAIN, .bias = bias, .y = y});
+}
+
+/* y, which may be NULL, of 2 width outputs, a multiple of 32: gates and what they let through. activation = silu(gate) up,
+   [rows, width]. */
+int tile_gated(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token, const uint32_t *w,
+               const int64_t *ends, bf16 *y, bf16 *activation) {
+    Use use = {.kind = GATED, .y = y, .activation = activation, .width = outs / 2};
+    return products(matrices, rows, ins, outs, x, token, w, ends, use);
+}
+
+/* dgate_up [rows, 2 width] = the gradient of `gate_up`, given the activation's, which is dy w [rows, width]; and the
+   activation. w is laid out transposed. */
+int tile_gated_backward(long matrices, long rows, long outs, long width, const bf16 *dy, const uint32_t *w,
+                        const int64_t *ends, const bf16 *gate_up, bf16 *dgate_up, bf16 *activation) {
+    Use use = {.kind = GATED_BACKWARD, .y = dgate_up, .gate_up = gate_up, .activation = activation, .width = width};
+    return products(matrices, rows, outs, width, dy, NULL, w, ends, use);
 }
 
 /* One factor of a gradient: some columns of rows that are summed over. */
@@ -181,39 +266,49 @@ INLINE void pack_step(int across, Factor f, long r, long count, long column, lon
     }
 }
 
-/* A square of sums into dw [.., ins] from `row` and `column` on, where [outs, ins] has room. */
-INLINE void put_square(const float *sums, int turn, long is_f32, long add, long row, long column, long outs, long ins,
-                       void *dw) {
+/* Where gradients go: matrices [matrices, outs_i, ins], joined along the outputs, of which the i-th end at ends[i]. */
+typedef struct {
+    long ins, is_f32, add;
+    const int64_t *ends, *address;
+} Gradients;
+
+/* A square of sums of matrix m into its place, from `row` and `column` on. */
+INLINE void put_square(const float *sums, int turn, const Gradients *g, long m, long row, long column) {
     __m512i tile[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) tile[i] = _mm512_load_si512(sums + i * LANES);
     if (turn) transpose(tile);
-    __mmask16 mask = lanes(ins - column);
-    for (long i = 0; i < LANES && row + i < outs; i++) {
-        long at = (row + i) * ins + column;
+    __mmask16 mask = lanes(g->ins - column);
+    long p = 0;
+    while (row >= g->ends[p]) p++;
+    long start = p ? g->ends[p - 1] : 0, outs = g->ends[p] - start;
+    void *dw = (void *)g->address[p];
+    for (long i = 0; i < LANES && row + i < start + outs; i++) {
+        long at = (m * outs + row + i - start) * g->ins + column;
         __m512 value = (__m512)tile[i];
-        if (is_f32) {
+        if (g->is_f32) {
             float *to = (float *)dw + at;
-            if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
+            if (g->add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
             /* Around the caches, where a line is written whole: what it holds is not read first. */
-            if (!add && mask == 0xffff && (uintptr_t)to % 64 == 0) _mm512_stream_ps(to, value);
+            if (!g->add && mask == 0xffff && (uintptr_t)to % 64 == 0) _mm512_stream_ps(to, value);
             else _mm512_mask_storeu_ps(to, mask, value);
         } else
             _mm256_mask_storeu_epi16((bf16 *)dw + at, mask, (__m256i)_mm512_cvtneps_pbh(value));
     }
 }
 
-/* dw [matrices, outs, ins] = dy^T x, or added to it where `add`, which goes with float32. dy's rows are dy_stride
-   apart. Returns nonzero without memory. */
-int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy, long dy_stride, const bf16 *x,
-                  const int64_t *token, const int64_t *ends, long is_f32, long add, void *dw) {
+/* dw [matrices, outs, ins] = dy^T x, or added to it where `add`, which goes with float32; for parts of its outputs,
+   which end at part_ends [.., multiples of 16, outs], at an address each. Returns nonzero without memory. */
+int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy, const bf16 *x, const int64_t *token,
+                  const int64_t *ends, long is_f32, long add, const int64_t *part_ends, const int64_t *address) {
     const int64_t all = rows;
     long count;
     Chunk *steps = chunks(matrices, ends ? ends : &all, STEP_NUMBERS, &count);
     long *first = malloc(sizeof(long) * (matrices + 1)); /* step of each matrix */
     /* The narrower factor is turned into rows, once; the wider one lies in columns, which each task makes for itself. */
     int turn = outs >= ins;
-    Factor of_x = {x, token, ins, ins}, of_y = {dy, NULL, dy_stride, outs};
+    Factor of_x = {x, token, ins, ins}, of_y = {dy, NULL, outs, outs};
+    Gradients g = {ins, is_f32, add, part_ends, address};
     Factor upper = turn ? of_x : of_y, left = turn ? of_y : of_x;
     uint32_t *turned = aligned_alloc(64, (pieces(upper.width, PANEL) * count * 2 + 1) * TILE * 4);
     long tall = least(pieces(upper.width, PANEL) * PANEL, TALL), wide = WIDE;
@@ -238,7 +333,6 @@ int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy,
             if (!able) continue;
             long m = t / tasks, row = t % tasks / across * tall, column = t % tasks % across * wide;
             long row_end = least(upper.width, row + tall), column_end = least(left.width, column + wide);
-            void *to = is_f32 ? (void *)((float *)dw + m * outs * ins) : (void *)((bf16 *)dw + m * outs * ins);
             for (long s = first[m]; s < first[m + 1] || s == first[m]; s += NEAR_STEPS) {
                 long near = least(first[m + 1] - s, NEAR_STEPS);
                 for (long i = 0; i < near; i++) {
@@ -259,8 +353,8 @@ int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy,
                     for (int q = 0; q < 4; q++) {
                         long i = r + q / 2 * LANES, j = c + q % 2 * LANES;
                         if (i >= row_end || j >= column_end) continue;
-                        if (turn) put_square(at + q * TILE, 1, is_f32, add, j, i, outs, ins, to);
-                        else put_square(at + q * TILE, 0, is_f32, add, i, j, outs, ins, to);
+                        if (turn) put_square(at + q * TILE, 1, &g, m, j, i);
+                        else put_square(at + q * TILE, 0, &g, m, i, j);
                     }
         }
         tiles_off();

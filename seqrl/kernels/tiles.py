@@ -56,23 +56,40 @@ class Tiles(NamedTuple):
         columns = self._columns() if self.columns is None else self.columns
         return _product(x, columns, self.outs, bias, token, ends)
 
+    def gated_product(
+        self, x: Tensor, token: Tensor | None, ends: Tensor | None, *, keep: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """`product` [T, 2 I], gates and what they let through (None unless `keep`), and silu(gate) * up,
+        [T, I]; I is a multiple of 16."""
+        rows, width = len(x if token is None else token), self.outs // 2
+        inner = x.new_empty(rows, 2 * width) if keep else None
+        activation = x.new_empty(rows, width)
+        columns = self._columns() if self.columns is None else self.columns
+        sizes = _count(ends), rows, x.shape[1], self.outs
+        call("tile_gated", *sizes, x.contiguous(), token, columns, ends, inner, activation)
+        return inner, activation
+
     def backward(self, grad: Tensor, ends: Tensor | None = None) -> Tensor:
         """The gradient [T, in] of `product`'s rows, given `grad` [T, out]."""
-        first = self.sources[0]
-        shape = (-(-self.ins // LANES), -(-self.outs // _STEP))
-        transposed = first.new_empty(*first.shape[:-2], *shape, LANES, LANES, 2, dtype=torch.bfloat16)
-        self._lay_out(None, transposed)
-        return _product(grad, transposed, self.ins, None, None, ends)
+        return _product(grad, self._transposed(), self.ins, None, None, ends)
+
+    def gated_backward(self, grad: Tensor, inner: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Through the product and the gate that its rows come from, silu(gate) * up of `inner` [T, 2 in]: the
+        gradient of `inner`, given `grad` [T, out], and those rows [T, in]."""
+        of_inner, activation = torch.empty_like(inner), inner.new_empty(len(inner), self.ins)
+        sizes = _count(ends), len(grad), self.outs, self.ins
+        call(
+            "tile_gated_backward",
+            *(*sizes, grad.contiguous(), self._transposed(), ends, inner, of_inner, activation),
+        )
+        return of_inner, activation
 
     def gradients(
         self, grad: Tensor, x: Tensor, token: Tensor | None = None, ends: Tensor | None = None
     ) -> list[Tensor]:
         """Of each source, in its type and shape, given `grad` [T, out] and what `product` was given."""
-        grad, made, first = grad.contiguous(), [], 0
-        for source in self.sources:
-            made.append(torch.empty_like(source, memory_format=torch.contiguous_format))
-            _add_gradient(grad, first, x, token, ends, made[-1], add=False)
-            first += source.shape[-2]
+        made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.sources]
+        _gradient(grad, x, token, ends, made, add=False)
         return made
 
     def _columns(self) -> Tensor:
@@ -81,6 +98,13 @@ class Tiles(NamedTuple):
         columns = first.new_empty(*first.shape[:-2], *shape, LANES, LANES, 2, dtype=torch.bfloat16)
         self._lay_out(columns, None)
         return columns
+
+    def _transposed(self) -> Tensor:
+        first = self.sources[0]
+        shape = (-(-self.ins // LANES), -(-self.outs // _STEP))
+        transposed = first.new_empty(*first.shape[:-2], *shape, LANES, LANES, 2, dtype=torch.bfloat16)
+        self._lay_out(None, transposed)
+        return transposed
 
     def _lay_out(self, columns: Tensor | None, transposed: Tensor | None) -> None:
         first = 0
@@ -93,26 +117,34 @@ class Tiles(NamedTuple):
 
 def add_gradient(grad: Tensor, x: Tensor, into: Tensor) -> None:
     """into [out, in] float32 += the transposed `grad` [T, out] times `x` [T, in], both bfloat16."""
-    _add_gradient(grad.contiguous(), 0, x, None, None, into, add=True)
+    _gradient(grad, x, None, None, [into], add=True)
 
 
 def _product(
     x: Tensor, columns: Tensor, outs: int, bias: Tensor | None, token: Tensor | None, ends: Tensor | None
 ) -> Tensor:
-    rows, ins, experts = len(x if token is None else token), x.shape[1], 1 if ends is None else len(ends)
-    y = x.new_empty(rows, outs)
+    y = x.new_empty(len(x if token is None else token), outs)
     bias = None if bias is None else bias.float()
-    call("tile_products", experts, rows, ins, outs, x.contiguous(), token, columns, ends, bias, y)
+    sizes = _count(ends), len(y), x.shape[1], outs
+    call("tile_products", *sizes, x.contiguous(), token, columns, ends, bias, y)
     return y
 
 
-def _add_gradient(
-    grad: Tensor, first: int, x: Tensor, token: Tensor | None, ends: Tensor | None, into: Tensor, *, add: bool
+def _count(ends: Tensor | None) -> int:
+    """Matrices whose rows end there."""
+    return 1 if ends is None else len(ends)
+
+
+def _gradient(
+    grad: Tensor, x: Tensor, token: Tensor | None, ends: Tensor | None, into: list[Tensor], *, add: bool
 ) -> None:
-    experts, outs, ins = into.shape if into.ndim == 3 else (1, *into.shape)
-    of_grad = grad.data_ptr() + first * grad.element_size(), grad.shape[1]
-    is_f32 = into.dtype == torch.float32
+    """Of matrices that are joined along `out`, each into its own."""
+    assert all(each.is_contiguous() and each.dtype == into[0].dtype for each in into)
+    outs = torch.tensor([each.shape[-2] for each in into])
+    addresses = torch.tensor([each.data_ptr() for each in into])
     call(
         "tile_gradient",
-        *(experts, len(grad), ins, outs, *of_grad, x.contiguous(), token, ends, is_f32, add, into),
+        *(into[0].shape[0] if into[0].ndim == 3 else 1, len(grad), x.shape[1], grad.shape[1]),
+        *(grad.contiguous(), x.contiguous(), token, ends),
+        *(into[0].dtype == torch.float32, add, outs.cumsum(0), addresses),
     )

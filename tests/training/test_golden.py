@@ -71,8 +71,8 @@ def test_two_updates(
     optim = OptimConfig(lr=1e-2, lr_warmup_steps=1, lr_scheduler_type="cosine")
     engine = make_engine(make_model(), optim=optim, grad_clip=1.0, max_tokens=24)
     batch = make_batch([(3, 9), (5, 1), (2, 0), (4, 14), (4, 7), (1, 6)])
-    # Adam's first step is a whole one whatever sign a gradient of 0 but for rounding has, and processors round
-    # sums differently: what follows that step agrees to fewer digits.
+    # Adam's first step is a whole one whatever sign a gradient of 0 but for rounding has, and processors
+    # round sums differently: what follows that step agrees to fewer digits.
     for golden, error in zip(GOLDEN[loss_mode], (1e-5, 3e-4), strict=True):
         metrics = update_metrics([engine.update(batch, objective)])
         assert {name: metrics[name] for name in NAMES} == pytest.approx(
