@@ -12,13 +12,11 @@ from seqrl.kernels.experts import (
     PackedExperts,
     combined,
     combined_backward,
-    expert_backward_w,
-    expert_backward_x,
     expert_matrices,
     expert_products,
+    expert_products_backward,
     laid_out_experts,
 )
-from seqrl.kernels.feedforward import gated_product, gated_product_backward
 from seqrl.kernels.head import draw
 from seqrl.kernels.layers import add_norm, gated, gated_backward
 from seqrl.kernels.products import (
@@ -31,7 +29,6 @@ from seqrl.kernels.products import (
     matrix,
     product,
     product_backward,
-    weight_gradients,
 )
 from seqrl.kernels.record import Record, current, made
 from seqrl.kernels.tiles import Tiles
@@ -54,16 +51,13 @@ __all__ = [
     "combined_backward",
     "current",
     "draw",
-    "expert_backward_w",
-    "expert_backward_x",
     "expert_matrices",
     "expert_products",
+    "expert_products_backward",
     "filled_up",
     "fits",
     "gated",
     "gated_backward",
-    "gated_product",
-    "gated_product_backward",
     "has_tiles",
     "laid_out",
     "laid_out_experts",
@@ -75,5 +69,4 @@ __all__ = [
     "product_backward",
     "self_attention",
     "turned",
-    "weight_gradients",
 ]

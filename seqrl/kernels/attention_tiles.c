@@ -118,7 +118,7 @@ INLINE void add_weighted(const uint32_t *numbers, const uint32_t *columns, long 
     }
 }
 
-INLINE __m256i halves_of(vf x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+
 
 INLINE __m512i pair_of(__m256i one, __m256i two) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16));
@@ -158,7 +158,7 @@ static void see(const Attention *a, Block *b, Rows keys, const uint32_t *values,
         vf one = vexp(load_f32(scores + j * LANES) - top), two = {0};
         if (j + 1 < count) two = vexp(load_f32(scores + (j + 1) * LANES) - top);
         totals[j % LANES] += one, totals[j % LANES + 1] += two;
-        _mm512_store_si512(weights + j / 2 * LANES, pair_of(halves_of(one), halves_of(two)));
+        _mm512_store_si512(weights + j / 2 * LANES, pair_of(halves(one), halves(two)));
     }
     for (int step = LANES / 2; step; step /= 2)
         for (int i = 0; i < step; i++) totals[i] += totals[i + step];
@@ -271,8 +271,8 @@ static void weigh(const Attention *a, Source *b, const Seen *c, bf16 *weights, b
     for (long j = 0; j < count; j++) {
         vf p = vexp(load_f32(scores + j * LANES) * a->scale - b->lse);
         if (hides) p = pick(b->lanes.position < (int32_t)(c->start + j), splat(0), p);
-        __m256i d = halves_of(p * (load_f32(wanted + j * LANES) - b->delta));
-        _mm256_storeu_si256((__m256i *)(weights + j * QUERIES), halves_of(p));
+        __m256i d = halves(p * (load_f32(wanted + j * LANES) - b->delta));
+        _mm256_storeu_si256((__m256i *)(weights + j * QUERIES), halves(p));
         _mm256_storeu_si256((__m256i *)(of_scores + j * QUERIES), d);
         if (j % 2) _mm512_store_si512(pairs + j / 2 * LANES, pair_of(before, d));
         before = d;

@@ -62,8 +62,6 @@ ARGUMENTS = {
     "tiles_here": "",
     "tile_pack": "lll p lll pp",
     "tile_products": "llll pppppp",
-    "tile_gated": "llll pppppp",
-    "tile_gated_backward": "llll pppppp",
     "tile_gradient": "llll pppp ll pp",
 }
 """What each function takes, in order: l a long, f a float, p a pointer."""
@@ -74,7 +72,6 @@ FAILING = (
     "expert_products",
     "expert_backward",
     "tile_products",
-    "tile_gated",
     "tile_gradient",
 )
 """How the names of functions begin that need scratch memory, and give back 1 where there is none."""

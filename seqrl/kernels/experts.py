@@ -100,27 +100,17 @@ def expert_products(x: Tensor, token: Tensor | None, matrices: Matrices, ends: T
     return packed(x, token, ends)
 
 
-def expert_backward_x(grad: Tensor, matrices: Tensor | Tiles, ends: Tensor) -> Tensor:
-    """The gradient [P, in] with respect to the rows that `expert_products` took, given `grad` [P, out]."""
-    if isinstance(matrices, Tiles):
-        return matrices.backward(grad, ends)
-    experts, outs, ins = matrices.shape
-    dx = grad.new_empty(len(grad), ins)
-    sizes = experts, ins, outs
-    call(
-        f"expert_backward_x_{SUFFIX[grad.dtype]}", *sizes, grad.contiguous(), matrices.contiguous(), ends, dx
-    )
-    return dx
-
-
-def expert_backward_w(
+def expert_products_backward(
     grad: Tensor, x: Tensor, token: Tensor | None, matrices: Tensor | Tiles, ends: Tensor
-) -> Tensor:
-    """The gradient with respect to the source of `matrices`, given `grad` [P, out]."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the rows taken from `x`, [P, in], and to the source of `matrices`, given
+    `grad` [P, out]."""
     if isinstance(matrices, Tiles):
-        return matrices.gradients(grad, x, token, ends)[0]
+        (of_source,) = matrices.gradients(grad, x, token, ends)
+        return matrices.backward(grad.contiguous(), ends), of_source
     experts, outs, ins = matrices.shape
-    dweight = torch.empty_like(matrices, memory_format=torch.contiguous_format)
-    rows = grad.contiguous(), x.contiguous(), token
-    call(f"expert_backward_w_{SUFFIX[x.dtype]}", experts, ins, outs, *rows, ends, dweight)
-    return dweight
+    x, weight, suffix = x.contiguous(), matrices.contiguous(), SUFFIX[x.dtype]
+    dx, dweight = x.new_empty(len(grad), ins), torch.empty_like(weight)
+    call(f"expert_backward_x_{suffix}", experts, ins, outs, grad, weight, ends, dx)
+    call(f"expert_backward_w_{suffix}", experts, ins, outs, grad, x, token, ends, dweight)
+    return dx, dweight

@@ -6,7 +6,7 @@ void NAME(gate)(long rows, long width, const C *gate_up, C *out) {
     for (long r = 0; r < rows; r++)
         for (long i = 0; i < width; i += LANES) {
             vf gate = LOAD_C(gate_up + 2 * r * width + i), up = LOAD_C(gate_up + (2 * r + 1) * width + i);
-            STORE_C(out + r * width + i, gated(gate, up));
+            STORE_C(out + r * width + i, gate / (1.0f + vexp(-gate)) * up);
         }
 }
 
@@ -16,9 +16,9 @@ void NAME(gate_backward)(long rows, long width, const C *gate_up, const C *dout,
         for (long i = 0; i < width; i += LANES) {
             long at = 2 * r * width + i;
             vf gate = LOAD_C(gate_up + at), up = LOAD_C(gate_up + at + width), d = LOAD_C(dout + r * width + i);
-            gated_backward(gate, up, d, &gate, &up);
-            STORE_C(dgate_up + at, gate);
-            STORE_C(dgate_up + at + width, up);
+            vf sigmoid = 1.0f / (1.0f + vexp(-gate)), silu = gate * sigmoid;
+            STORE_C(dgate_up + at, d * up * (sigmoid + silu * (1.0f - sigmoid)));
+            STORE_C(dgate_up + at + width, d * silu);
         }
 }
 

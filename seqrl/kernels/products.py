@@ -94,11 +94,6 @@ def product_backward(grad: Tensor, weight: Tensor | Tiles) -> Tensor:
     return weight.backward(grad) if isinstance(weight, Tiles) else product(grad, weight.t())
 
 
-def weight_gradients(grad: Tensor, x: Tensor, weight: Tensor | Tiles) -> list[Tensor]:
-    """Of each source of `product`'s weight, given `grad` [T, out]."""
-    return weight.gradients(grad, x) if isinstance(weight, Tiles) else [grad.t() @ x]
-
-
 def add_weight_gradient(into: Tensor, grad: Tensor, x: Tensor, weight: Tensor | Tiles) -> None:
     """Adds to `into` [out, in] the gradient with respect to `product`'s weight, given `grad` [T, out]."""
     if isinstance(weight, Tiles) and into.dtype == torch.float32:
@@ -127,8 +122,9 @@ class _Linear(torch.autograd.Function):
         weight = Tiles(tuple(sources)) if ctx.tiled else sources[0]
         wants_x, _, wants_bias, *wants_weights = ctx.needs_input_grad
         grad = grad.contiguous()
-        nothing: list[None] = [None] * len(sources)
-        of_weights = weight_gradients(grad, x, weight) if any(wants_weights) else nothing
+        of_weights: list[Tensor] | list[None] = [None] * len(sources)
+        if any(wants_weights):
+            of_weights = weight.gradients(grad, x) if isinstance(weight, Tiles) else [grad.t() @ x]
         return (
             product_backward(grad, weight) if wants_x else None,
             None,

@@ -29,14 +29,6 @@ int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, 
                   const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
     return 1;
 }
-int tile_gated(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token, const uint32_t *w,
-               const int64_t *ends, bf16 *y, bf16 *activation) {
-    return 1;
-}
-int tile_gated_backward(long matrices, long rows, long outs, long width, const bf16 *dy, const uint32_t *w,
-                        const int64_t *ends, const bf16 *gate_up, bf16 *dgate_up, bf16 *activation) {
-    return 1;
-}
 int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy, const bf16 *x, const int64_t *token,
                   const int64_t *ends, long is_f32, long add, const int64_t *part_ends, const int64_t *address) {
     return 1;
@@ -120,69 +112,15 @@ static const bf16 *panel(const bf16 *x, const int64_t *token, long r, long count
     return copy;
 }
 
-/* What becomes of the sums of a product. */
-typedef struct {
-    enum { PLAIN, GATED, GATED_BACKWARD } kind;
-    const float *bias;
-    bf16 *y;              /* may be NULL where GATED */
-    const bf16 *gate_up;  /* of GATED_BACKWARD, [rows, 2 width] */
-    bf16 *activation;     /* of the two, [rows, width] */
-    long width;           /* of y; of the activation */
-} Use;
-
-/* `count` rows of 16 gates and what they let through, of columns `column` .. + 16. */
-INLINE void put_gated(const float *sums, long count, long column, long row, const Use *use) {
-    long width = use->width;
-    __mmask16 mask = lanes(width - column);
-    for (long i = 0; i < count; i++) {
-        __m256i gate = (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(sums + i * LANES));
-        __m256i up = (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(sums + TILE + i * LANES));
-        bf16 *y = use->y + (row + i) * 2 * width + column;
-        if (use->y) _mm256_mask_storeu_epi16(y, mask, gate), _mm256_mask_storeu_epi16(y + width, mask, up);
-        vf out = gated((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(gate), 16), (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(up), 16));
-        _mm256_mask_storeu_epi16(use->activation + (row + i) * width + column, mask, (__m256i)_mm512_cvtneps_pbh((__m512)out));
-    }
-}
-
-/* `count` rows of the gradient of 16 columns of an activation: that of its gates and of what they let through, and the
-   activation made again. */
-INLINE void put_gated_backward(const float *sums, long count, long column, long row, const Use *use) {
-    long width = use->width;
-    __mmask16 mask = lanes(width - column);
-    for (long i = 0; i < count && mask; i++) {
-        long at = (row + i) * 2 * width + column;
-        vf gate = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, use->gate_up + at)), 16);
-        vf up = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, use->gate_up + at + width)), 16);
-        vf dgate, dup;
-        __m256i out = (__m256i)_mm512_cvtneps_pbh((__m512)gated(gate, up));
-        gated_backward(gate, up, load_f32(sums + i * LANES), &dgate, &dup);
-        _mm256_mask_storeu_epi16(use->y + at, mask, (__m256i)_mm512_cvtneps_pbh((__m512)dgate));
-        _mm256_mask_storeu_epi16(use->y + at + width, mask, (__m256i)_mm512_cvtneps_pbh((__m512)dup));
-        _mm256_mask_storeu_epi16(use->activation + (row + i) * width + column, mask, out);
-    }
-}
-
-/* 16 rows of two squares side by side. */
-INLINE void put(const float *sums, long count, long column, long row, long outs, const Use *use) {
-    if (use->kind == PLAIN) put_rows(sums, count, use->bias, column, outs, use->y + row * outs);
-    if (use->kind == GATED) put_gated(sums, count, column, row, use);
-    if (use->kind == GATED_BACKWARD) {
-        put_gated_backward(sums, count, column, row, use);
-        put_gated_backward(sums + TILE, count, column + LANES, row, use);
-    }
-}
-
-/* x w^T [rows, outs]. Returns nonzero without memory. */
-INLINE int products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token, const uint32_t *w,
-                    const int64_t *ends, Use use) {
+/* y [rows, outs] = x w^T + bias, rounded once. Returns nonzero without memory. */
+int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
+                  const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
     const int64_t all = rows;
     long count, steps = pieces(ins, STEP_NUMBERS), stride = steps * 64, out_blocks = pieces(outs, LANES);
-    /* Of gated ones, columns with what they let through half the width further on. */
-    long width = use.kind == GATED ? outs / 2 : outs, next = use.kind == GATED ? LANES : PANEL;
     Chunk *tasks = chunks(matrices, ends ? ends : &all, CHUNK, &count);
     if (!tasks) return 1;
-    long wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count + 1), strip = pieces(pieces(width, wanted), PANEL);
-    strip = PANEL * least(strip, NEAR / (stride * PANEL * (PANEL / next)) + 1);
+    long wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count + 1), strip = pieces(pieces(outs, wanted), PANEL);
+    strip = PANEL * least(strip, NEAR / (stride * PANEL) + 1);
     int failed = 0;
 #pragma omp parallel
     {
@@ -191,26 +129,25 @@ INLINE int products(long matrices, long rows, long ins, long outs, const bf16 *x
         if (!copy) failed = 1;
         tiles_on();
 #pragma omp for schedule(dynamic, 1)
-        for (long t = 0; t < count * pieces(width, strip); t++) {
+        for (long t = 0; t < count * pieces(outs, strip); t++) {
             if (!copy) continue;
             Chunk c = tasks[t % count]; /* one after the other, so that columns stay near */
-            long from = t / count * strip, to = least(width, from + strip);
+            long from = t / count * strip, to = least(outs, from + strip);
             const uint32_t *matrix = w + c.matrix * out_blocks * steps * TILE;
             for (long r = c.first; r < c.end; r += PANEL) {
                 long have = least(c.end - r, PANEL);
                 const bf16 *upper = panel(x, token, r, have, ins, steps, copy), *lower = upper + LANES * stride / 2;
-                Soon soon = {.write_stride = outs * 2, .writes_a_step = use.y ? pieces(have, steps) : 0, .read_stride = 64};
-                if (!token && r + 2 * PANEL <= c.end) soon.reads_a_step = pieces(PANEL, pieces(to - from, next));
+                Soon soon = {.write_stride = outs * 2, .writes_a_step = pieces(have, steps), .read_stride = 64};
+                if (!token && r + 2 * PANEL <= c.end) soon.reads_a_step = pieces(PANEL, pieces(to - from, PANEL));
                 soon.read = (const char *)(x + (r + PANEL) * ins);
-                for (long column = from; column < to; column += next, soon.read += steps * soon.reads_a_step * 64) {
-                    long other = use.kind == GATED ? width + column : column + LANES;
+                for (long column = from; column < to; column += PANEL, soon.read += steps * soon.reads_a_step * 64) {
                     const uint32_t *left = matrix + column / LANES * steps * TILE;
-                    const uint32_t *right = other < outs ? matrix + other / LANES * steps * TILE : left;
-                    soon.write = (char *)(use.y + r * outs + column);
+                    const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
+                    soon.write = (char *)(y + r * outs + column);
                     if (have > LANES) square(0, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
                     else square(1, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
-                    put(sums, least(have, LANES), column, r, outs, &use);
-                    put(sums + 2 * TILE, have - LANES, column, r + LANES, outs, &use);
+                    put_rows(sums, least(have, LANES), bias, column, outs, y + r * outs);
+                    put_rows(sums + 2 * TILE, have - LANES, bias, column, outs, y + (r + LANES) * outs);
                 }
             }
         }
@@ -219,28 +156,6 @@ INLINE int products(long matrices, long rows, long ins, long outs, const bf16 *x
     }
     free(tasks);
     return failed;
-}
-
-/* y [rows, outs] = x w^T + bias, rounded once. */
-int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
-                  const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
-    return products(matrices, rows, ins, outs, x, token, w, ends, (Use){.kind = PLAIN, .bias = bias, .y = y});
-}
-
-/* y, which may be NULL, of 2 width outputs, a multiple of 32: gates and what they let through. activation = silu(gate) up,
-   [rows, width]. */
-int tile_gated(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token, const uint32_t *w,
-               const int64_t *ends, bf16 *y, bf16 *activation) {
-    Use use = {.kind = GATED, .y = y, .activation = activation, .width = outs / 2};
-    return products(matrices, rows, ins, outs, x, token, w, ends, use);
-}
-
-/* dgate_up [rows, 2 width] = the gradient of `gate_up`, given the activation's, which is dy w [rows, width]; and the
-   activation. w is laid out transposed. */
-int tile_gated_backward(long matrices, long rows, long outs, long width, const bf16 *dy, const uint32_t *w,
-                        const int64_t *ends, const bf16 *gate_up, bf16 *dgate_up, bf16 *activation) {
-    Use use = {.kind = GATED_BACKWARD, .y = dgate_up, .gate_up = gate_up, .activation = activation, .width = width};
-    return products(matrices, rows, outs, width, dy, NULL, w, ends, use);
 }
 
 /* One factor of a gradient: some columns of rows that are summed over. */

@@ -85,6 +85,9 @@ INLINE void square(int half, const void *upper, const void *lower, long stride, 
 /* Rows of a 16 x 16 square of words become its columns. */
 INLINE void transpose(__m512i *rows) { exchange(rows, 8), exchange(rows, 4), exchange(rows, 2), exchange(rows, 1); }
 
+/* 16 numbers as bfloat16. */
+INLINE __m256i halves(vf x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+
 /* The first `count` of 16 lanes. */
 INLINE __mmask16 lanes(long count) { return count >= LANES ? 0xffff : (1 << (count < 0 ? 0 : count)) - 1; }
 

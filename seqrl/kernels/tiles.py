@@ -56,33 +56,9 @@ class Tiles(NamedTuple):
         columns = self._columns() if self.columns is None else self.columns
         return _product(x, columns, self.outs, bias, token, ends)
 
-    def gated_product(
-        self, x: Tensor, token: Tensor | None, ends: Tensor | None, *, keep: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """`product` [T, 2 I], gates and what they let through (None unless `keep`), and silu(gate) * up,
-        [T, I]; I is a multiple of 16."""
-        rows, width = len(x if token is None else token), self.outs // 2
-        inner = x.new_empty(rows, 2 * width) if keep else None
-        activation = x.new_empty(rows, width)
-        columns = self._columns() if self.columns is None else self.columns
-        sizes = _count(ends), rows, x.shape[1], self.outs
-        call("tile_gated", *sizes, x.contiguous(), token, columns, ends, inner, activation)
-        return inner, activation
-
     def backward(self, grad: Tensor, ends: Tensor | None = None) -> Tensor:
         """The gradient [T, in] of `product`'s rows, given `grad` [T, out]."""
         return _product(grad, self._transposed(), self.ins, None, None, ends)
-
-    def gated_backward(self, grad: Tensor, inner: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Through the product and the gate that its rows come from, silu(gate) * up of `inner` [T, 2 in]: the
-        gradient of `inner`, given `grad` [T, out], and those rows [T, in]."""
-        of_inner, activation = torch.empty_like(inner), inner.new_empty(len(inner), self.ins)
-        sizes = _count(ends), len(grad), self.outs, self.ins
-        call(
-            "tile_gated_backward",
-            *(*sizes, grad.contiguous(), self._transposed(), ends, inner, of_inner, activation),
-        )
-        return of_inner, activation
 
     def gradients(
         self, grad: Tensor, x: Tensor, token: Tensor | None = None, ends: Tensor | None = None

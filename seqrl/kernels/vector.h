@@ -135,14 +135,4 @@ static inline vf vexp(vf x) {
 #endif
 }
 
-/* silu(gate) * up */
-static inline vf gated(vf gate, vf up) { return gate / (1.0f + vexp(-gate)) * up; }
-
-/* Its gradient, given that of the product. */
-static inline void gated_backward(vf gate, vf up, vf d, vf *dgate, vf *dup) {
-    vf sigmoid = 1.0f / (1.0f + vexp(-gate)), silu = gate * sigmoid;
-    *dgate = d * up * (sigmoid + silu * (1.0f - sigmoid));
-    *dup = d * silu;
-}
-
 #endif

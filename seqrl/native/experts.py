@@ -25,12 +25,10 @@ from seqrl.kernels import (
     combined,
     combined_backward,
     current,
-    expert_backward_w,
-    expert_backward_x,
     expert_products,
+    expert_products_backward,
     gated,
-    gated_product,
-    gated_product_backward,
+    gated_backward,
     linear,
 )
 
@@ -73,8 +71,8 @@ def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down:
         by_token = _by_torch(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
         return (by_token * weights.to(x.dtype)[..., None]).sum(1)
     if isinstance(gate_up, PackedExperts) or not (torch.is_grad_enabled() or current() is not None):
-        _, activation = gated_product(x, gate_up, token, ends, keep=False)
-        return combined(expert_products(activation, None, down, ends), place, weights.float())
+        inner = expert_products(x, token, gate_up, ends)
+        return combined(expert_products(gated(inner), None, down, ends), place, weights.float())
     sources = (m.sources[0] if isinstance(m, Tiles) else m for m in (gate_up, down))
     tiled = isinstance(gate_up, Tiles), isinstance(down, Tiles)
     return _Mixture.apply(x, token, place, weights.float(), ends, tiled, *sources)
@@ -109,9 +107,8 @@ class _Mixture(torch.autograd.Function):
         gate_up, down = _matrices(sources, tiled)
 
         def compute() -> tuple[Tensor, ...]:
-            inner, activation = gated_product(x, gate_up, token, ends, keep=True)
-            assert inner is not None
-            out = expert_products(activation, None, down, ends)
+            inner = expert_products(x, token, gate_up, ends)
+            out = expert_products(gated(inner), None, down, ends)
             return combined(out, place, weights), inner, out, place
 
         record = current()
@@ -134,10 +131,9 @@ class _Mixture(torch.autograd.Function):
         x, token, place, weights, ends, *sources, inner, out = ctx.saved_tensors
         gate_up, down = _matrices(sources, ctx.tiled)
         of_out, of_weights = combined_backward(out, place, weights, grad.contiguous())
-        of_inner, activation = gated_product_backward(of_out, down, inner, ends)
-        of_down = expert_backward_w(of_out, activation, None, down, ends)
-        of_gate_up = expert_backward_w(of_inner, x, token, gate_up, ends)
-        of_pairs = expert_backward_x(of_inner, gate_up, ends)
+        of_activation, of_down = expert_products_backward(of_out, gated(inner), None, down, ends)
+        of_inner = gated_backward(inner, of_activation)
+        of_pairs, of_gate_up = expert_products_backward(of_inner, x, token, gate_up, ends)
         return combined(of_pairs, place, None), None, None, of_weights, None, None, of_gate_up, of_down
 
 

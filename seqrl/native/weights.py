@@ -18,13 +18,16 @@ from torch import Tensor
 from seqrl.kernels import (
     Matrices,
     Matrix,
+    Reordered,
+    Tiles,
     Turn,
     expert_matrices,
+    gated,
     laid_out,
     laid_out_experts,
+    linear,
     matrix,
 )
-from seqrl.native.dense import Dense, Linear
 from seqrl.native.experts import Experts
 
 MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "qwen3_moe"})
@@ -34,6 +37,31 @@ _READ = re.compile(
     r"|model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)"
 )
 """The parameters that are read. A model with any other (adapters, sinks) is not a native one."""
+
+
+class Linear(NamedTuple):
+    weight: Matrix
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Dense(NamedTuple):
+    """A gated feed-forward layer."""
+
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def width(self) -> int:
+        """Of what lies between the two."""
+        down = self.down.weight
+        assert not isinstance(down, Reordered), "laid out, its shape is oneDNN's"
+        return down.ins if isinstance(down, Tiles) else down.shape[1]
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.down(gated(self.gate_up(y)))
 
 
 class Norm(NamedTuple):

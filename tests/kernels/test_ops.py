@@ -15,8 +15,7 @@ from seqrl.kernels import (
     add_norm,
     combined,
     combined_backward,
-    expert_backward_w,
-    expert_backward_x,
+    expert_products_backward,
     fits,
     gated,
     gated_backward,
@@ -235,10 +234,7 @@ def test_expert_products(
     exact = formula(pairs, wide)
     exact.backward(grad.double())
     made = PackedExperts.of(weight)(x, token, ends)
-    of_rows, of_weight = (
-        expert_backward_x(grad, weight, ends),
-        expert_backward_w(grad, x, token, weight, ends),
-    )
+    of_rows, of_weight = expert_products_backward(grad, x, token, weight, ends)
     assert [t.dtype for t in (made, of_rows, of_weight)] == [dtype] * 3
     near([made, of_rows, of_weight], [exact, pairs.grad, wide.grad], ERROR[dtype])
 

@@ -11,12 +11,8 @@ from torch import Tensor
 
 from seqrl.kernels import (
     Tiles,
-    expert_backward_w,
-    expert_backward_x,
     expert_products,
-    gated,
-    gated_product,
-    gated_product_backward,
+    expert_products_backward,
     has_tiles,
     laid_out,
     matrix,
@@ -111,30 +107,6 @@ def test_experts(threads: int, counts: list[int], scattered: bool, dtype: torch.
     w = Tiles((weight.to(dtype),))
     for each in (w, w.laid_out()):
         near([expert_products(x.to(BF16), token, each, ends)], [exact.detach()], ERROR[BF16])
-    grad, x = grad.to(BF16), x.to(BF16)
-    near([expert_backward_x(grad, w, ends)], [pairs.grad], ERROR[BF16])
-    near([expert_backward_w(grad, x, token, w, ends)], [wide.grad], ERROR[dtype])
-
-
-@pytest.mark.parametrize("counts", [None, [9, 0, 1, 25]], ids=["dense", "experts"])
-@pytest.mark.parametrize("width", [16, 48, 256])
-def test_gates(threads: int, counts: list[int] | None, width: int) -> None:
-    """With the products on both sides of them, at once and one after the other."""
-    rows, experts = 35, 1 if counts is None else 4
-    x, grad = random(rows, 40).to(BF16), random(rows, 24, seed=3).to(BF16)
-    gate_up, down = random(experts, 2 * width, 40, seed=1) / 4, random(experts, 24, width, seed=2)
-    ends = None if counts is None else torch.tensor(counts).cumsum(0)
-    first, second = (Tiles((w if counts else w[0],)) for w in (gate_up, down))
-    inner, activation = gated_product(x, first, None, ends, keep=True)
-    nothing, alone = gated_product(x, first.laid_out(), None, ends, keep=False)
-    assert nothing is None and inner is not None and torch.equal(alone, activation)
-    assert torch.equal(inner, first.product(x, None, None, ends))
-    assert torch.equal(activation, gated(inner))
-    of_inner, again = gated_product_backward(grad, second, inner, ends)
-    assert torch.equal(again, activation)
-    wide = inner.double().requires_grad_()
-    gate, up = wide.chunk(2, dim=1)
-    parts = [grad.double()] if counts is None else grad.double().split(counts)
-    of_activation = torch.cat([g @ w.double() for g, w in zip(parts, down.to(BF16), strict=True)])
-    (torch.nn.functional.silu(gate) * up).backward(of_activation)
-    near([of_inner], [wide.grad], ERROR[BF16])
+    of_rows, of_weight = expert_products_backward(grad.to(BF16), x.to(BF16), token, w, ends)
+    near([of_rows], [pairs.grad], ERROR[BF16])
+    near([of_weight], [wide.grad], ERROR[dtype])
