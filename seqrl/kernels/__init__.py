@@ -17,8 +17,10 @@ from seqrl.kernels.head import draw
 from seqrl.kernels.layers import add_norm, gated, gated_backward
 from seqrl.kernels.products import filled_up, linear, packable, product
 from seqrl.kernels.record import Record, current, made
+from seqrl.kernels.transfer import Arriving, pinned, sent
 
 __all__ = [
+    "Arriving",
     "Cache",
     "PackedExperts",
     "Record",
@@ -40,7 +42,9 @@ __all__ = [
     "linear",
     "made",
     "packable",
+    "pinned",
     "product",
     "self_attention",
+    "sent",
     "turned",
 ]

@@ -60,7 +60,7 @@ def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down:
     """The weighted sum [T, H] of what the experts `chosen` [T, k] say of `x` [T, H], in x's type."""
     expert, order = chosen.flatten().sort(stable=True)  # [P], pairs by expert
     count = len(gate_up.weight if isinstance(gate_up, PackedExperts) else gate_up)
-    ends = torch.bincount(expert, minlength=count).cumsum(0)
+    ends = torch.searchsorted(expert, torch.arange(count, device=expert.device), right=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     place, token = place.view_as(chosen), order // chosen.shape[1]
@@ -72,8 +72,28 @@ def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down:
     assert isinstance(gate_up, Tensor)
     if PackedExperts.fit(gate_up, down):
         return _Mixture.apply(x, token, place, weights.float(), ends, gate_up, down)
-    by_token = _by_torch(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
+    if x.is_cuda:
+        said = _in_groups(_Taken.apply(x, token, place), ends, gate_up, down)
+        by_token = _Taken.apply(said, place.flatten(), order[:, None]).view(*place.shape, -1)
+    else:
+        by_token = _one_by_one(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
     return (by_token * weights.to(x.dtype)[..., None]).sum(1)
+
+
+class _Taken(torch.autograd.Function):
+    """`x[rows]`, where row i of x is in the places `back[i]` [i, j] of the result: a gradient is looked up
+    there, instead of being added up from everywhere in whatever order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return combined(grad, back, None), None, None
 
 
 class _Mixture(torch.autograd.Function):
@@ -119,12 +139,15 @@ class _Mixture(torch.autograd.Function):
         return combined(of_pairs, place, None), None, None, of_weights, None, of_gate_up, of_down
 
 
-def _by_torch(pairs: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _in_groups(pairs: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """What each pair's expert says of it, [P, H], from `pairs` [P, H]."""
-    if pairs.device.type == "cuda":
-        offsets = ends.to(torch.int32)
-        inner = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=offsets)
-        return F.grouped_mm(gated(inner), down.transpose(1, 2), offs=offsets)
+    offsets = ends.int()
+    inner = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=offsets)
+    return F.grouped_mm(gated(inner), down.transpose(1, 2), offs=offsets)
+
+
+def _one_by_one(pairs: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same, expert by expert."""
     starts = [0, *ends.tolist()[:-1]]
     said = [
         linear(gated(linear(pairs[start:end], gate_up[expert])), down[expert])

@@ -11,7 +11,7 @@ Shape legend: N sequences, T tokens in all, T' of them computed, L longest seque
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqrl.errors import UserError
-from seqrl.kernels import Spans
+from seqrl.kernels import Spans, sent
 from seqrl.types import Batch
 
 ATTENTION_NAME = "seqrl_flat"
@@ -114,7 +114,10 @@ def _spans(own: Tensor, source: Tensor, row: Tensor, offsets: Tensor, prompts: T
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens go through the model (T' of T), and how attention finds their sequences."""
+    """Which tokens go through the model (T' of T), and how attention finds their sequences.
+
+    It is made on the host, where the batch lies, and then sent: made on a device, it would be waited for.
+    """
 
     sequences: int
     longest: int
@@ -129,11 +132,11 @@ class Layout:
     to_flat: Tensor
     """[T'] index into N*L."""
     spans: Spans
-    """The same for attention that needs no padding."""
+    """The same for attention on a CPU that needs no padding."""
     offsets: Tensor
-    """[N+1], where sequences begin in T."""
+    """[N+1] int32, where sequences begin in T."""
     computed_offsets: Tensor
-    """[N+1], where they begin in T'."""
+    """[N+1] int32, where they begin in T'."""
 
     @classmethod
     def of_batch(cls, batch: Batch) -> Layout:
@@ -165,9 +168,15 @@ class Layout:
             to_padded,
             padded[own],
             _spans(own, source, row, offsets, prompts),
-            offsets,
-            F.pad(own.cumsum(0), (1, 0))[offsets],
+            offsets.int(),
+            F.pad(own.cumsum(0), (1, 0))[offsets].int(),
         )
+
+    def to(self, device: torch.device) -> Layout:
+        """Sent there, but for the spans, which only a CPU reads."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        tensors: dict[str, Any] = {k: sent(x, device) for k, x in values if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
     def pad(self, x: Tensor) -> Tensor:
         """[1, H, T', D] -> [N, H, L, D]."""
@@ -246,13 +255,15 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) 
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    keys, values = (x.index_select(0, layout.source) for x in (key, value))
+    keys, values = key, value
+    if len(layout.source) > len(layout.computed):  # some are shared
+        keys, values = (x.index_select(0, layout.source) for x in (key, value))
     attended: Any = varlen_attn(
         query,
         keys,
         values,
-        layout.computed_offsets.to(torch.int32),
-        layout.offsets.to(torch.int32),
+        layout.computed_offsets,
+        layout.offsets,
         layout.longest,
         layout.longest,
         window_size=(-1, 0),
