@@ -1,4 +1,4 @@
-"""A step on a GPU is queued without the host waiting once: it runs on a device that has no numbers to look at."""
+"""A step on a GPU is queued without the host waiting once: here on a device that has no numbers."""
 
 from __future__ import annotations
 
