@@ -51,12 +51,17 @@ class Transfers(TorchDispatchMode):
         self.pinned.add(x.data_ptr())
         return x
 
+    def _see(self, x: Tensor, non_blocking: Any) -> None:
+        if x.device.type == "cpu":
+            assert non_blocking and x.data_ptr() in self.pinned, "the host waits for it"
+            self.sent += 1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and device == META:
-            assert kwargs.get("non_blocking") and args[0].data_ptr() in self.pinned, "the host waits for it"
-            self.sent += 1
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == META:
+            self._see(args[0], kwargs.get("non_blocking"))
+        if func is torch.ops.aten.copy_.default and args[0].device == META:
+            self._see(args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking"))
         if func is torch.ops.aten.segment_reduce.default:
             assert args[0].device.type == "cpu" or kwargs.get("unsafe"), "its check waits for the device"
         return func(*args, **kwargs)

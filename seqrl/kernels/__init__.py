@@ -13,13 +13,15 @@ from seqrl.kernels.experts import (
     combined_backward,
     expert_products_backward,
 )
+from seqrl.kernels.flash import FLASH_PAGE, attend_flat, attend_pages, has_pages, is_flash
 from seqrl.kernels.head import draw
 from seqrl.kernels.layers import add_norm, gated, gated_backward
 from seqrl.kernels.products import filled_up, linear, packable, product
 from seqrl.kernels.record import Record, current, made
-from seqrl.kernels.transfer import Arriving, pinned, sent
+from seqrl.kernels.transfer import Arriving, fill, sent
 
 __all__ = [
+    "FLASH_PAGE",
     "Arriving",
     "Cache",
     "PackedExperts",
@@ -29,20 +31,24 @@ __all__ = [
     "add_norm",
     "attend",
     "attend_cached",
+    "attend_flat",
+    "attend_pages",
     "combined",
     "combined_backward",
     "current",
     "draw",
     "expert_products_backward",
+    "fill",
     "filled_up",
     "fits",
     "gated",
     "gated_backward",
+    "has_pages",
+    "is_flash",
     "library",
     "linear",
     "made",
     "packable",
-    "pinned",
     "product",
     "self_attention",
     "sent",

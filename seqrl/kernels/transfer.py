@@ -11,6 +11,11 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x if device.type == "cpu" else pinned(x).to(device, non_blocking=True)
 
 
+def fill(target: Tensor, x: Tensor) -> None:
+    """Likewise, into `target`."""
+    target.copy_(pinned(x), non_blocking=True)
+
+
 def pinned(x: Tensor) -> Tensor:
     """In memory that a device fetches from by itself; without CUDA as it is."""
     return x.pin_memory() if torch.cuda.is_available() else x

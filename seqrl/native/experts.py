@@ -72,9 +72,10 @@ def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down:
     assert isinstance(gate_up, Tensor)
     if PackedExperts.fit(gate_up, down):
         return _Mixture.apply(x, token, place, weights.float(), ends, gate_up, down)
-    if x.is_cuda:
+    # Grouped products want rows that begin at a multiple of 16 bytes.
+    if x.is_cuda and all(w.shape[2] * w.element_size() % 16 == 0 for w in (gate_up, down)):
         said = _in_groups(_Taken.apply(x, token, place), ends, gate_up, down)
-        by_token = _Taken.apply(said, place.flatten(), order[:, None]).view(*place.shape, -1)
+        by_token = _Taken.apply(said, place.flatten(), order[:, None]).view(*place.shape, x.shape[1])
     else:
         by_token = _one_by_one(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
     return (by_token * weights.to(x.dtype)[..., None]).sum(1)

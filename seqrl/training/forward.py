@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqrl.kernels import filled_up, fits, self_attention, sent, turned
+from seqrl.kernels import filled_up, fits, is_flash, self_attention, sent, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights, why_unreadable
 from seqrl.training.experts import EXPERTS_NAME, hooked_routing
@@ -74,7 +74,7 @@ def _attention(w: Weights, layout: Layout, positions: Tensor) -> Callable[[int, 
         if in_c:
             return self_attention(qkv, layer.q_norm, layer.k_norm, positions, w.turn, layout.spans)
         q, k, v = turned(qkv, positions, w.turn, layer.q_norm, layer.k_norm)
-        if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+        if is_flash(qkv, qkv.dtype, size):
             return varlen_attention(q, k, v, layout).flatten(1)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = padded_attention(q, k, v, layout)[0].flatten(1)

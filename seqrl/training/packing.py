@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqrl.errors import UserError
-from seqrl.kernels import Spans, sent
+from seqrl.kernels import Spans, attend_flat, sent
 from seqrl.types import Batch
 
 ATTENTION_NAME = "seqrl_flat"
@@ -248,28 +248,14 @@ def padded_attention(
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-    """The same without padding, by FlashAttention: CUDA, half precision.
+    """The same without padding, where there is FlashAttention.
 
     query [T', H, D], key and value [T', H_kv, D] -> [T', H, D]. Each sequence has its keys side by side,
     those of a shared prompt once for each; its queries are the last of it, which is how they line up.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
-    keys, values = key, value
     if len(layout.source) > len(layout.computed):  # some are shared
-        keys, values = (x.index_select(0, layout.source) for x in (key, value))
-    attended: Any = varlen_attn(
-        query,
-        keys,
-        values,
-        layout.computed_offsets,
-        layout.offsets,
-        layout.longest,
-        layout.longest,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return attended
+        key, value = (x.index_select(0, layout.source) for x in (key, value))
+    return attend_flat(query, key, value, layout.computed_offsets, layout.offsets, layout.longest)
 
 
 def register() -> None:

@@ -81,21 +81,6 @@ def test_a_mixture_and_its_gradients(
     near(ours, exact, ERROR[dtype])
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_grouped_products_as_on_cuda(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch has them on a CPU, too. One expert has no rows."""
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    monkeypatch.setattr("seqrl.kernels.call.library", lambda: None)
-    chosen = torch.tensor([[3, 0], [0, 1], [3, 1], [0, 3], [1, 0]])
-    tensors = [
-        random(5, 32),
-        random(5, 2, seed=1).abs(),
-        random(4, 64, 32, seed=2),
-        random(4, 32, 32, seed=3),
-    ]
-    near(learnt(chosen, dtype, False, tensors), learnt(chosen, torch.float64, True, tensors), ERROR[dtype])
-
-
 def test_experts_with_no_rows_have_a_gradient_of_zeros(in_c: bool) -> None:
     chosen = torch.tensor([[1, 6], [6, 1], [3, 6]])
     tensors = [random(3, 32), random(3, 2, seed=1), random(8, 64, 32, seed=2), random(8, 32, 32, seed=3)]

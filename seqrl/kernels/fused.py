@@ -1,0 +1,69 @@
+"""Few kernels out of many: on CUDA, what lies between products is compiled by torch.
+
+A gate or a norm in torch's own operations reads and writes the whole batch once for each of them; compiled,
+once in all. Torch compiles at the first call, which takes seconds, and keeps the result in a cache folder of
+its own. Numbers of rows may change without a new compilation; widths are compiled in, so that rows are known
+to be aligned.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from seqrl.kernels.build import SWITCH
+
+_log = logging.getLogger(__name__)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether there is what it takes; where there is not, it is told once."""
+    if os.environ.get(SWITCH) == "0":
+        return False
+    if importlib.util.find_spec("triton") is None:
+        _log.warning(
+            "kernels: there is no Triton here, so torch's operations on CUDA are not compiled into fewer, "
+            "which is slower; `pip install triton` makes up for it, %s=0 silences this",
+            SWITCH,
+        )
+        return False
+    return True
+
+
+def fused(function: Function) -> Function:
+    """`function` of tensors, the first of which has rows, and of numbers; without gradient. Compiled where
+    the first is on CUDA; elsewhere as it is."""
+    compiled = compiled_by_rows(function)
+
+    @functools.wraps(function)
+    def run(x: Tensor, *others: Any) -> Any:
+        return compiled(x, *others) if x.is_cuda and compiles() else function(x, *others)
+
+    return cast(Function, run)
+
+
+def compiled_by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled, for any number of rows."""
+    compiled = functools.cache(lambda: torch.compile(function))  # at the first call: no work at import
+
+    def run(*arguments: Any) -> Any:
+        # One version for training and for decoding: whether a gradient is asked for makes no difference.
+        # What is given twice stays one tensor, for it may be written to.
+        detached = {id(x): x.detach() for x in arguments if isinstance(x, Tensor)}
+        given = [detached.get(id(x), x) for x in arguments]
+        for x in detached.values():
+            if x.shape[:1] == given[0].shape[:1]:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        with torch.no_grad():
+            return compiled()(*given)
+
+    return run
