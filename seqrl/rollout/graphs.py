@@ -6,9 +6,14 @@ them, and what a step makes for itself lies in memory that all graphs share, sin
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 Step = Callable[[], None]
 Capture = Callable[[Step], Step]
@@ -37,8 +42,8 @@ class CudaCapture:
     """See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+        self._latest: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
 
     def __call__(self, step: Step) -> Step:
         # Once outside of a graph, on the stream of the capture: libraries set themselves up, and what is
@@ -47,8 +52,15 @@ class CudaCapture:
         with torch.cuda.stream(self._stream):
             step()
         torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
+        graph, latest = torch.cuda.CUDAGraph(), self._latest()
+        pool = None if latest is None else latest.pool()  # that of one which is no more is not used again
         # Other threads may do with the device what they like: nothing of theirs belongs to this graph.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            step()
+        how: dict[str, Any] = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.graph(graph, pool=pool, **how):
+                step()
+        except RuntimeError as error:
+            _log.warning("rollout: a step cannot be captured, which makes it slower: %s", error)
+            return step
+        self._latest = weakref.ref(graph)
         return graph.replay
