@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from seqrl.kernels.build import SWITCH
 
@@ -59,11 +60,11 @@ def compiled_by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
         # One version for training and for decoding: whether a gradient is asked for makes no difference.
         # What is given twice stays one tensor, for it may be written to.
         detached = {id(x): x.detach() for x in arguments if isinstance(x, Tensor)}
-        given = [detached.get(id(x), x) for x in arguments]
-        for x in detached.values():
-            if x.shape[:1] == given[0].shape[:1]:
-                torch._dynamo.maybe_mark_dynamic(x, 0)
+        for x in arguments:
+            # A weight may have as many numbers as there are rows, by chance.
+            if isinstance(x, Tensor) and len(x) == len(arguments[0]) and not isinstance(x, Parameter):
+                torch._dynamo.maybe_mark_dynamic(detached[id(x)], 0)
         with torch.no_grad():
-            return compiled()(*given)
+            return compiled()(*(detached.get(id(x), x) for x in arguments))
 
     return run
