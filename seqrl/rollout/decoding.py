@@ -38,9 +38,9 @@ class Decoder(ABC):
         """For what is drawn in this call."""
         return DecodedRows(self.device, eos_ids, sampling, capacity, lag=0 if self.waits else 1)
 
-    def room(self, prompts: Sequence[tuple[int, ...]]) -> int:
-        """How many of these requests, one behind the other, there is memory to admit now."""
-        return len(prompts)
+    def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> int:
+        """How many of the rows that `admit` would append there is memory for now."""
+        return sum(copies)
 
     @abstractmethod
     def admit(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
@@ -136,8 +136,9 @@ class DecodingEngine(ABC):
         while waiting or rows.requests:
             free = capacity - len(rows.requests)
             if waiting and free and (decoder.joins or not rows.requests):
-                free = decoder.room([prompts[request.prompt].tokens for request in waiting[:free]])
-                joining, waiting = waiting[:free], waiting[free:]
+                indices, copies = _by_prompt(waiting[:free])
+                fit = decoder.room([prompts[i].tokens for i in indices], copies)
+                joining, waiting = waiting[:fit], waiting[fit:]
                 if joining:
                     indices, copies = _by_prompt(joining)
                     logits = decoder.admit([prompts[i].tokens for i in indices], copies)

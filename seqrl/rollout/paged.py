@@ -120,16 +120,16 @@ class PagedDecoder(Decoder):
         for _, graphs in self._known.values():
             graphs.forget()
 
-    def room(self, prompts: Sequence[tuple[int, ...]]) -> int:
+    def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> int:
         """See `Decoder.room`. A page more for each row, those under way included."""
-        latest = before = None if self.latest is None else self.latest.prompt.tokens
-        needed, fit = [len(self.held)], len(prompts)
-        for prompt in prompts:
-            needed.append(needed[-1] + 1 + (0 if prompt == before else self._pages_of(len(prompt))))
-            before = prompt
-        if self.pages.make(needed[-1]) < needed[-1] and prompts[0] != latest:
+        is_read = self.latest is not None and self.latest.prompt.tokens == prompts[0]
+        needed = [len(self.held)]
+        for i, (prompt, count) in enumerate(zip(prompts, copies, strict=True)):
+            needed.append(needed[-1] + 1 + (0 if i == 0 and is_read else self._pages_of(len(prompt))))
+            needed += range(needed[-1] + 1, needed[-1] + count)
+        if self.pages.make(needed[-1]) < needed[-1] and not is_read:
             self._forget_latest()
-        free = len(self.pages.free)
+        fit, free = len(needed) - 1, len(self.pages.free)
         while fit and needed[fit] > free:
             fit -= 1
         if not fit and not self.held:

@@ -32,9 +32,9 @@ def test_joining_and_decoding(unseen: Any, name: str, sampling: SamplingParams) 
         decoder.looks_every = 8
         rows = decoder.rows([1, 2], sampling, 8)
         for joining in (prompts[:2], prompts[2:]):  # the others while these are under way
-            tokens = [prompt.tokens for prompt in joining for _ in range(2)]
-            assert decoder.room(tokens) == 4
-            logits = decoder.admit([prompt.tokens for prompt in joining], [2, 2])
+            tokens = [prompt.tokens for prompt in joining]
+            assert decoder.room(tokens, [2, 2]) == 4
+            logits = decoder.admit(tokens, [2, 2])
             assert logits.shape == (4, 61) and logits.device.type == "meta"
             requests = [Request(i, j) for i in range(2) for j in range(2)]
             rows.join(requests, ["a", "a", "b", "b"], 0, logits)

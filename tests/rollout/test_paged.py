@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,6 +156,17 @@ def test_responses_are_the_same_whatever_is_captured(
     alike(right, generated(engine, SAMPLING))
     all_given_back(engine.decoder)
     assert engine.fake.replayed > engine.fake.captured > 0
+
+
+def test_the_same_prompt_twice_and_another_of_the_same_tokens() -> None:
+    """Each is read by itself, and each has responses of its own number."""
+    model, (one, other) = talkative(), make_prompts([21, 5])
+    prompts = [one, one, replace(one, uid="another", tokens=(*one.tokens,)), other]
+    right = generated(engine_of(model, kind=NativeEngine), SAMPLING, prompts)
+    made = generated(engine_of(model, 6), SAMPLING, prompts)
+    alike(right, made)
+    assert [r.tokens.tolist() for r in made[:4]] == [r.tokens.tolist() for r in made[4:8]]
+    assert [r.tokens.tolist() for r in made[:4]] != [r.tokens.tolist() for r in made[8:12]]
 
 
 @pytest.mark.parametrize("between", [1, 2, 8, 40])
