@@ -25,19 +25,32 @@ _log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@functools.cache
+_failures: list[Exception] = []
+"""Of the compiler, in this process; one is enough."""
+
+
 def compiles() -> bool:
     """Whether there is what it takes; where there is not, it is told once."""
+    return not _failures and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
     if os.environ.get(SWITCH) == "0":
         return False
-    if importlib.util.find_spec("triton") is None:
-        _log.warning(
-            "kernels: there is no Triton here, so torch's operations on CUDA are not compiled into fewer, "
-            "which is slower; `pip install triton` makes up for it, %s=0 silences this",
-            SWITCH,
-        )
-        return False
-    return True
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        _warn("there is no Triton here, and `pip install triton` makes up for it")
+    return found
+
+
+def _warn(reason: str) -> None:
+    _log.warning(
+        "kernels: torch's operations on CUDA are not compiled into fewer, which is slower: %s; %s=0 silences "
+        "this",
+        reason,
+        SWITCH,
+    )
 
 
 def fused(function: Function) -> Function:
@@ -47,7 +60,13 @@ def fused(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(x: Tensor, *others: Any) -> Any:
-        return compiled(x, *others) if x.is_cuda and compiles() else function(x, *others)
+        if x.is_cuda and compiles():
+            try:
+                return compiled(x, *others)
+            except torch._dynamo.exc.TorchDynamoException as error:  # before anything has run
+                _failures.append(error)
+                _warn(str(error).strip().splitlines()[0])
+        return function(x, *others)
 
     return cast(Function, run)
 

@@ -50,20 +50,28 @@ class Decoder(ABC):
         """Drops those of `rows`, the last ones, that there is no memory to go on with. How many they are."""
         return 0
 
+    @abstractmethod
     def advance(self, rows: DecodedRows) -> None:
         """Draws a token for each of `rows`, or several until the next look."""
-        everybody, steps = slice(0, len(rows.requests)), min(self.looks_every, rows.steps - rows.most_drawn)
-        for _ in range(steps):
-            rows.draw(everybody, self.step(rows.last[everybody]))
-        rows.took(steps)
+
+    @abstractmethod
+    def keep(self, rows: Sequence[int]) -> None:
+        """From now on row j is what was row `rows[j]`; `rows` is ascending, all others are dropped."""
+
+
+class SteppingDecoder(Decoder):
+    """One that is asked for logits, step by step."""
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Appends `tokens` [B] to the rows; the logits [B, V] that follow."""
 
-    @abstractmethod
-    def keep(self, rows: Sequence[int]) -> None:
-        """From now on row j is what was row `rows[j]`; `rows` is ascending, all others are dropped."""
+    def advance(self, rows: DecodedRows) -> None:
+        """See `Decoder.advance`."""
+        everybody, steps = slice(0, len(rows.requests)), min(self.looks_every, rows.steps - rows.most_drawn)
+        for _ in range(steps):
+            rows.draw(everybody, self.step(rows.last[everybody]))
+        rows.took(steps)
 
 
 class DecodingEngine(ABC):

@@ -18,7 +18,7 @@ from torch import Tensor
 from seqrl.kernels import FLASH_PAGE, Cache, Spans, attend, attend_cached, filled_up, fits, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Copies, Layer, Weights, read_weights
-from seqrl.rollout.decoding import Decoder, DecodingEngine
+from seqrl.rollout.decoding import Decoder, DecodingEngine, SteppingDecoder
 from seqrl.rollout.graphs import Capture, CudaCapture
 from seqrl.rollout.paged import PagedDecoder, pages_are_fast
 from seqrl.types import Prompt, Rollout, SamplingParams
@@ -102,7 +102,7 @@ class Latest(NamedTuple):
     """[1, V], that follow it."""
 
 
-class CachedDecoder(Decoder):
+class CachedDecoder(SteppingDecoder):
     """Decoding of at most `rows` rows at once, of so many prompts, and of prompts and responses of at most so
     many tokens."""
 
@@ -182,7 +182,7 @@ class CachedDecoder(Decoder):
         return self.weights.lm_head(hidden[filled_up(ends - 1)])[: len(prompts)]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoder.step`."""
+        """See `SteppingDecoder.step`."""
         positions, columns = self.prompt_columns[self.prompt] + self.columns, self.columns + 1
         rows = len(tokens)
         if int(columns.max()) > self.own[0].columns:

@@ -41,7 +41,7 @@ _SAMPLINGS = 2
 
 
 @dataclass
-class Read:
+class ReadPrompt:
     """A prompt that was read."""
 
     tokens: tuple[int, ...]
@@ -52,7 +52,7 @@ class Read:
 
 
 class Row(NamedTuple):
-    prompt: Read
+    prompt: ReadPrompt
     own: list[int]
     """Its pages behind those that are full of the prompt."""
 
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 class Latest(NamedTuple):
     """The prompt that was read last; more responses to it may be waiting for a place."""
 
-    prompt: Read
+    prompt: ReadPrompt
     logits: Tensor
     """[1, V], that follow it."""
 
@@ -144,7 +144,7 @@ class PagedDecoder(Decoder):
         before = self.latest
         known = before if before is not None and before.prompt.tokens == prompts[0] else None
         unread = prompts if known is None else prompts[1:]
-        read = [Read(prompt, self.pages.take(self._pages_of(len(prompt)))) for prompt in unread]
+        read = [ReadPrompt(prompt, self.pages.take(self._pages_of(len(prompt)))) for prompt in unread]
         logits = self._read(read)
         if known is not None:
             read, logits = [known.prompt, *read], torch.cat([known.logits, logits])
@@ -183,7 +183,7 @@ class PagedDecoder(Decoder):
     def _pages_of(self, columns: int) -> int:
         return -(-columns // self.pages.columns)
 
-    def _release(self, prompt: Read) -> None:
+    def _release(self, prompt: ReadPrompt) -> None:
         """Gives its pages back, if no row looks at it and no response may join."""
         if prompt.rows == 0 and (self.latest is None or self.latest.prompt is not prompt):
             self.pages.free += prompt.pages
@@ -193,9 +193,9 @@ class PagedDecoder(Decoder):
         if latest is not None:
             self._release(latest.prompt)
 
-    def _read(self, prompts: Sequence[Read]) -> Tensor:
+    def _read(self, prompts: Sequence[ReadPrompt]) -> Tensor:
         """Fills the pages of prompts; the logits [P, V] that follow them."""
-        parts: list[list[Read]] = [[]]
+        parts: list[list[ReadPrompt]] = [[]]
         for prompt in prompts:
             if sum(len(each.tokens) for each in parts[-1]) + len(prompt.tokens) > _PREFILL_TOKENS:
                 parts.append([])
@@ -207,7 +207,7 @@ class PagedDecoder(Decoder):
         w = self.weights
         return torch.empty(0, w.vocabulary, dtype=w.dtype, device=self.device)
 
-    def _prefill(self, prompts: Sequence[Read]) -> Tensor:
+    def _prefill(self, prompts: Sequence[ReadPrompt]) -> Tensor:
         lengths = [len(prompt.tokens) for prompt in prompts]
         starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         columns = torch.arange(self.pages.columns)
@@ -322,9 +322,6 @@ class PagedDecoder(Decoder):
 
         hidden = hidden_states(self.weights, rows.last[:count], attention)
         rows.draw(slice(0, count), self.weights.lm_head(hidden))
-
-    def step(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError("a step draws, too: see `advance`")
 
     def keep(self, rows: Sequence[int]) -> None:
         """See `Decoder.keep`."""

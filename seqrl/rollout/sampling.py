@@ -101,6 +101,6 @@ def _invert(logprobs: Tensor, totals: Tensor, uniforms: Tensor) -> Tensor:
     block = torch.searchsorted(ends, target, right=True).clamp(max=totals.shape[1] - 1)  # [B, 1]
     target = target - (ends - totals).gather(1, block)
     token = block * _BLOCK + torch.arange(_BLOCK, device=block.device)  # [B, block]
-    weights = _weights(logprobs.gather(1, token.clamp(max=last))).masked_fill(token > last, 0)
+    weights = _weights(logprobs.gather(1, token.clamp(max=last)))
     within = torch.searchsorted(weights.cumsum(-1), target, right=True)[:, 0]
     return (block[:, 0] * _BLOCK + within).clamp(max=last)

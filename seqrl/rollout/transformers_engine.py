@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqrl.rollout.decoding import Decoder, DecodingEngine
+from seqrl.rollout.decoding import DecodingEngine, SteppingDecoder
 
 
 class TransformersEngine(DecodingEngine):
@@ -23,7 +23,7 @@ class TransformersEngine(DecodingEngine):
         return TransformersDecoder(self.model, self.dtype)
 
 
-class TransformersDecoder(Decoder):
+class TransformersDecoder(SteppingDecoder):
     """The forward pass of `model`, its matrix products in `dtype`, and the cache of B rows."""
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
@@ -49,7 +49,7 @@ class TransformersDecoder(Decoder):
         return logits[each]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoder.step`."""
+        """See `SteppingDecoder.step`."""
         self.real = torch.cat([self.real, self.real.new_ones(len(self.real), 1)], dim=1)
         return self._run(tokens[:, None])
 

@@ -72,9 +72,31 @@ def test_where_there_is_no_triton_it_is_told_once(
 ) -> None:
     monkeypatch.setenv("SEQRL_KERNELS", switch)
     monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
-    fused.compiles.cache_clear()
+    fused._has_triton.cache_clear()
     with caplog.at_level(logging.WARNING, logger="seqrl"):
         assert not fused.compiles() and not fused.compiles()
-    fused.compiles.cache_clear()
+    fused._has_triton.cache_clear()
     assert len(caplog.messages) == int(switch)
     assert all("Triton" in message and "SEQRL_KERNELS=0" in message for message in caplog.messages)
+
+
+def test_where_the_compiler_fails_it_is_told_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    tried = []
+
+    def fails(*arguments: Any) -> None:
+        tried.append(arguments)
+        raise TorchDynamoException("no C compiler\nand more")
+
+    monkeypatch.setattr(fused, "compiled_by_rows", lambda function: fails)
+    monkeypatch.setattr(fused, "_has_triton", lambda: True)
+    monkeypatch.setattr(fused, "_failures", [])
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    doubled, x = fused.fused(lambda x: 2 * x), torch.ones(3)
+    with caplog.at_level(logging.WARNING, logger="seqrl"):
+        assert all(torch.equal(doubled(x), 2 * x) for _ in range(3))
+    assert len(tried) == 1
+    assert [message.count("no C compiler;") for message in caplog.messages] == [1]
