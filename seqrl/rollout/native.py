@@ -27,7 +27,7 @@ _PREFILL_TOKENS = 8192
 """Prompt tokens in one forward pass; bounds the memory of its activations."""
 _FIRST_COLUMNS = 128
 """Columns of a response that there is room for at first; twice as many whenever one needs more."""
-_KEPT_SHARE = 0.25
+_KEPT_SHARE = 0.3
 """Most of a GPU's memory that pages and graphs keep for the next call. What is more is needed for training,
 and beside a rollout that fills so much the seconds of capturing anew are few."""
 

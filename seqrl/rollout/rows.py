@@ -92,7 +92,7 @@ class DecodedRows:
         """Steps that were taken before each row joined, ascending."""
         self._places: list[int] = []
         self._free = list(range(self.capacity))
-        self._looks: deque[tuple[list[Request], Arriving]] = deque()
+        self._looks: deque[tuple[list[tuple[Request, int]], Arriving]] = deque()
         self._belong_to_nobody(0)
 
     def _belong_to_nobody(self, first: int) -> None:
@@ -150,22 +150,26 @@ class DecodedRows:
         over = self._over() if self.eos.numel() else set()
         if not over and self.most_drawn < self.steps:
             return None
-        state = zip(self.requests, self.drawn, strict=True)
-        kept = [i for i, (request, count) in enumerate(state) if request not in over and count < self.steps]
+        state = zip(self._who(), self.drawn, strict=True)
+        kept = [i for i, (who, count) in enumerate(state) if who not in over and count < self.steps]
         return None if len(kept) == len(self.requests) else kept
 
-    def _over(self) -> set[Request]:
+    def _who(self) -> list[tuple[Request, int]]:
+        """What tells rows apart: a request may be put back, and join again."""
+        return list(zip(self.requests, self._joined, strict=True))
+
+    def _over(self) -> set[tuple[Request, int]]:
         """Those that had drawn the end of a response, as many looks ago as there is lag."""
-        requests, ends = self.requests, self.ends[: len(self.requests)]
-        if self.lag:
-            self._looks.append((requests.copy(), Arriving(ends.clone())))
+        ends = self.ends[: len(self.requests)]
+        if not self.lag:
+            who = self._who() if ends.any() else []
+        else:
+            self._looks.append((self._who(), Arriving(ends.clone())))
             if len(self._looks) <= self.lag:
                 return set()
-            requests, arriving = self._looks.popleft()
+            who, arriving = self._looks.popleft()
             ends = arriving.get()
-        if not ends.any():
-            return set()
-        return {request for request, ended in zip(requests, ends.tolist(), strict=True) if ended}
+        return {row for row, ended in zip(who, ends.tolist(), strict=False) if ended}
 
     def leave(self, kept: Sequence[int]) -> Left:
         """All rows but those `kept`, which move up."""
