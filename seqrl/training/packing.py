@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqrl.errors import UserError
 from seqrl.kernels import Spans, attend_flat, sent
@@ -125,6 +126,8 @@ class Layout:
     """[T'] index into T: the tokens that stand for themselves."""
     source: Tensor
     """[T] index into T': where each token's result is."""
+    borrowed: Tensor
+    """[T - T'] index into T: the tokens whose result is another's."""
     positions: Tensor
     """[T'] position of each computed token within its sequence."""
     to_padded: Tensor
@@ -164,6 +167,7 @@ class Layout:
             longest,
             token[own],
             source,
+            token[~own],
             position[own],
             to_padded,
             padded[own],
@@ -253,9 +257,26 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) 
     query [T', H, D], key and value [T', H_kv, D] -> [T', H, D]. Each sequence has its keys side by side,
     those of a shared prompt once for each; its queries are the last of it, which is how they line up.
     """
-    if len(layout.source) > len(layout.computed):  # some are shared
-        key, value = (x.index_select(0, layout.source) for x in (key, value))
+    if len(layout.borrowed):
+        key, value = (_Lent.apply(x, layout) for x in (key, value))
     return attend_flat(query, key, value, layout.computed_offsets, layout.offsets, layout.longest)
+
+
+class _Lent(torch.autograd.Function):
+    """What each token has of `x` [T', ...], its own or borrowed: [T, ...]. Only gradients of what is borrowed
+    are added up in no order; all others are looked up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        computed, source, borrowed = ctx.layout.computed, ctx.layout.source, ctx.layout.borrowed
+        lent = grad.index_select(0, borrowed)
+        return grad.index_select(0, computed).index_add_(0, source.index_select(0, borrowed), lent), None
 
 
 def register() -> None:
