@@ -259,7 +259,7 @@ class Bench:
         clips = torch.zeros_like(batch.tokens)
         self.model.zero_grad(set_to_none=True)
         for part, at in self._micro_batches(batch):
-            with self._autocast(part.tokens.device):
+            with self._autocast():
                 said = response_statistics(self.model, part, temperature=self.temperature, entropy=True)
             assert said.entropy is not None
             said.logprobs.retain_grad()
@@ -289,13 +289,13 @@ class Bench:
         return segment_sum(logprobs, batch.offsets)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
-        """Each on the model's device, with the places of its response tokens in `batch`."""
-        device = next(self.model.parameters()).device
+        """Each with the places of its response tokens in `batch`."""
         for indices in by_tokens(batch.lengths.tolist(), self.max_tokens):
-            yield batch.select(indices).to(device), batch.response_token_index(indices)
+            yield batch.select(indices), batch.response_token_index(indices)
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+    def _autocast(self) -> torch.autocast:
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.model.device.type, self.compute_dtype, enabled=enabled)
 
 
 @contextmanager

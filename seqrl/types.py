@@ -64,7 +64,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Batch:
-    """N sequences (prompt and response), flat over T tokens."""
+    """N sequences (prompt and response), flat over T tokens; on the host, an engine sends what it needs."""
 
     tokens: Tensor
     """[T] int64."""
@@ -147,10 +147,6 @@ class Batch:
         """The same of its response tokens."""
         token_index = self.token_index(sequences)
         return token_index[self.response_mask[token_index]]
-
-    def to(self, device: torch.device) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
 
     def _sequence_index(self, sequences: Tensor | Sequence[int]) -> Tensor:
         return torch.as_tensor(sequences, dtype=torch.long, device=self.offsets.device)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Drawn anew, a rare example would fail a change that has nothing to do with it; `make fuzz` draws anew.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -30,3 +35,51 @@ def own_logging() -> Iterator[None]:
     logger = logging.getLogger("seqrl")
     logger.handlers.clear()
     logger.propagate = True
+
+
+class Transfers(TorchDispatchMode):
+    """Sees each tensor that goes from the host to a device without numbers, and holds that nobody waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: set[int] = set()
+        self.sent = 0
+
+    def pin(self, x: Tensor) -> Tensor:
+        """Stands for pinned memory, which only a machine with CUDA has."""
+        x = x.clone()
+        self.pinned.add(x.data_ptr())
+        return x
+
+    def _see(self, x: Tensor, non_blocking: Any) -> None:
+        if x.device.type == "cpu":
+            assert non_blocking and x.data_ptr() in self.pinned, "the host waits for it"
+            self.sent += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == META:
+            self._see(args[0], kwargs.get("non_blocking"))
+        if func is torch.ops.aten.copy_.default and args[0].device == META:
+            self._see(args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        if func is torch.ops.aten.segment_reduce.default:
+            assert args[0].device.type == "cpu" or kwargs.get("unsafe"), "its check waits for the device"
+        return func(*args, **kwargs)
+
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> Transfers:
+    """Has the device `meta` stand for CUDA in half precision. It has shapes and no numbers, so that whoever
+    looks at one, and would make the host wait for a GPU, gets an error. `with` it, transfers are watched."""
+    transfers = Transfers()
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: self.device == META))
+    monkeypatch.setattr("seqrl.kernels.transfer.pinned", transfers.pin)
+    fused = sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices"
+    monkeypatch.setattr(*fused, lambda: ["meta"])
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype=None, enabled=True: nullcontext())
+    return transfers

@@ -102,8 +102,8 @@ MASK_DROPPED = mutate(
     "training/local.py",
     "LocalEngine",
     (
-        "part = mini_batch.select(indices).to(self._device)",
-        "part = mini_batch.select(indices).to(self._device)\n"
+        "part = mini_batch.select(indices)",
+        "part = mini_batch.select(indices)\n"
         "            part = __import__('dataclasses').replace("
         "part, response_mask=torch.ones_like(part.response_mask))",
     ),
@@ -163,8 +163,8 @@ SELECTED_PER_PART = mutate(
     "training/local.py",
     "LocalEngine",
     (
-        "part = mini_batch.select(indices).to(self._device)",
-        "part = objective.prepared(mini_batch.select(indices)).to(self._device)",
+        "part = mini_batch.select(indices)",
+        "part = objective.prepared(mini_batch.select(indices))",
     ),
     tests=SPLIT,
     only=ENGINE_ONLY,

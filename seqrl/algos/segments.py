@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 
-def segment_index(offsets: Tensor) -> Tensor:
-    """The sequence of each token: [N+1] -> [T] int64."""
-    return torch.repeat_interleave(offsets.diff())
+def segment_index(offsets: Tensor, tokens: int | None = None) -> Tensor:
+    """The sequence of each token: [N+1] -> [T] int64. On CUDA it waits for the device, unless it is told T,
+    the number of `tokens`."""
+    return torch.repeat_interleave(offsets.diff(), output_size=tokens)
 
 
 def segment_position(offsets: Tensor) -> Tensor:
@@ -23,8 +24,10 @@ def segment_position(offsets: Tensor) -> Tensor:
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """Sum over each sequence: [T] -> [N]; an empty sequence gives 0."""
     if values.is_floating_point() and offsets.numel() > 1:  # ten times as fast as `index_add`
-        return torch.segment_reduce(values, "sum", lengths=offsets.diff())
-    return values.new_zeros(offsets.numel() - 1).index_add(0, segment_index(offsets), values)
+        # The check of the lengths waits for the device.
+        return torch.segment_reduce(values, "sum", lengths=offsets.diff(), unsafe=values.is_cuda)
+    index = segment_index(offsets, values.numel())
+    return values.new_zeros(offsets.numel() - 1).index_add(0, index, values)
 
 
 def segment_mean(values: Tensor, offsets: Tensor) -> Tensor:
@@ -34,8 +37,8 @@ def segment_mean(values: Tensor, offsets: Tensor) -> Tensor:
 
 def segment_max(values: Tensor, offsets: Tensor) -> Tensor:
     """Maximum over each sequence: [T] -> [N]; an empty sequence gives 0."""
-    zeros = values.new_zeros(offsets.numel() - 1)
-    return zeros.scatter_reduce(0, segment_index(offsets), values, "amax", include_self=False)
+    zeros, index = values.new_zeros(offsets.numel() - 1), segment_index(offsets, values.numel())
+    return zeros.scatter_reduce(0, index, values, "amax", include_self=False)
 
 
 def segment_return(values: Tensor, offsets: Tensor, *, discount: float) -> Tensor:

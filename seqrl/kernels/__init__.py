@@ -17,6 +17,7 @@ from seqrl.kernels.experts import (
     expert_products_backward,
     laid_out_experts,
 )
+from seqrl.kernels.flash import FLASH_PAGE, attend_flat, attend_pages, has_pages, is_flash
 from seqrl.kernels.head import draw
 from seqrl.kernels.layers import add_norm, gated, gated_backward
 from seqrl.kernels.products import (
@@ -32,8 +33,11 @@ from seqrl.kernels.products import (
 )
 from seqrl.kernels.record import Record, current, made
 from seqrl.kernels.tiles import Tiles
+from seqrl.kernels.transfer import Arriving, fill, sent
 
 __all__ = [
+    "FLASH_PAGE",
+    "Arriving",
     "Cache",
     "Matrices",
     "Matrix",
@@ -47,6 +51,8 @@ __all__ = [
     "add_weight_gradient",
     "attend",
     "attend_cached",
+    "attend_flat",
+    "attend_pages",
     "combined",
     "combined_backward",
     "current",
@@ -54,11 +60,14 @@ __all__ = [
     "expert_matrices",
     "expert_products",
     "expert_products_backward",
+    "fill",
     "filled_up",
     "fits",
     "gated",
     "gated_backward",
+    "has_pages",
     "has_tiles",
+    "is_flash",
     "laid_out",
     "laid_out_experts",
     "library",
@@ -68,5 +77,6 @@ __all__ = [
     "product",
     "product_backward",
     "self_attention",
+    "sent",
     "turned",
 ]

@@ -1,6 +1,7 @@
 """Queries and keys, and causal attention over flat tokens: of training, with its gradient, and of decoding.
 
-In C where it `fits`; for what else there is, `turned` has torch's own operations, and the caller attends.
+In C where it `fits`; for what else there is, `turned` has torch's own operations, compiled on CUDA (`fused`),
+and the caller attends.
 
 Shape legend: T tokens, B rows, Q and K query and key heads, D head size.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqrl.kernels.call import LANES, SUFFIX, call, fits, types_of, words_of
+from seqrl.kernels.fused import fused
 from seqrl.kernels.record import current, made
 
 
@@ -53,8 +55,11 @@ def turned(
     rows = qkv.view(len(qkv), turn.heads + 2 * turn.kv_heads, turn.size)
     v = rows[:, turn.heads + turn.kv_heads :]
     stream = qkv.dtype if q_weight is None else q_weight.dtype
+    if qkv.is_cuda:
+        return _Turned.apply(rows, positions, turn, q_weight, k_weight)
     if not fits(stream, qkv.dtype, qkv.device, turn.size // 2):
-        return *_turned_by_torch(rows, positions, turn, q_weight, k_weight), v
+        given = rows, positions, turn.heads, turn.kv_heads, turn.cos, turn.sin, q_weight, k_weight
+        return *_turned_by_torch(*given, turn.eps), v
     q = qkv.new_empty(len(qkv), turn.heads, turn.size)
     k = qkv.new_empty(len(qkv), turn.kv_heads, turn.size)
     call(*_turn_arguments("turn", qkv, positions, turn, q_weight, k_weight), q, k)
@@ -71,21 +76,90 @@ def _turn_arguments(
     return f"{name}_{types_of(stream, qkv.dtype)}", *sizes, qkv, *weights, turn.cos, turn.sin, positions
 
 
+@fused
 def _turned_by_torch(
-    rows: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
+    rows: Tensor,
+    positions: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k = rows[:, : turn.heads], rows[:, turn.heads : turn.heads + turn.kv_heads]
     wide = torch.promote_types(rows.dtype, torch.float32)
-    cos, sin = (table[positions][:, None].to(wide) for table in (turn.cos, turn.sin))  # [T, 1, D / 2]
+    cos, sin = (table[positions][:, None].to(wide) for table in (cos, sin))  # [T, 1, D / 2]
 
     def one(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x.to(wide)
         if weight is not None:
-            x = F.rms_norm(x, (turn.size,), eps=turn.eps) * weight
+            x = F.rms_norm(x, x.shape[-1:], eps=eps) * weight
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(rows.dtype)
 
-    return one(q, q_weight), one(k, k_weight)
+    return one(rows[:, :heads], q_weight), one(rows[:, heads : heads + kv_heads], k_weight)
+
+
+@fused
+def _turned_backward_by_torch(
+    rows: Tensor,
+    positions: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    *grads: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the rows and of the weights, given those of q, k and v."""
+    dq, dk, dv = grads
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    cos, sin = (table[positions][:, None].to(wide) for table in (cos, sin))
+
+    def one(x: Tensor, weight: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        a, b = grad.to(wide).chunk(2, dim=-1)
+        grad = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+        if weight is None:
+            return grad, None
+        x = x.to(wide)
+        rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        x = x * rstd
+        of_weight, grad = (grad * x).sum((0, 1)).to(weight.dtype), grad * weight
+        return (grad - x * (grad * x).mean(-1, keepdim=True)) * rstd, of_weight
+
+    of_q, of_q_weight = one(rows[:, :heads], q_weight, dq)
+    of_k, of_k_weight = one(rows[:, heads : heads + kv_heads], k_weight, dk)
+    return torch.cat([of_q.to(rows.dtype), of_k.to(rows.dtype), dv], dim=1), of_q_weight, of_k_weight
+
+
+class _Turned(torch.autograd.Function):
+    """Keeps the rows [T, Q + 2K, D] alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        positions: Tensor,
+        turn: Turn,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(rows, positions, q_weight, k_weight)
+        ctx.turn = turn
+        given = rows, positions, turn.heads, turn.kv_heads, turn.cos, turn.sin, q_weight, k_weight
+        q, k = _turned_by_torch(*given, turn.eps)
+        return q, k, rows[:, turn.heads + turn.kv_heads :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, positions, *weights), turn = ctx.saved_tensors, ctx.turn
+        given = rows, positions, turn.heads, turn.kv_heads, turn.cos, turn.sin, *weights, turn.eps
+        of_rows, *of_weights = _turned_backward_by_torch(*given, *grads)
+        return of_rows, None, None, *of_weights
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The two passes over a tile of logits: what is kept of it, and its gradient.
 
-In C (head.c) on a CPU in float32 and bfloat16, else in torch's own operations; the arithmetic is float32
-(float64 of float64 logits). Logarithms of probabilities below `FLOOR` count as `FLOOR`: there the probability
-is 0, and so is what it adds, even where a logit is minus infinity.
+In C (head.c) on a CPU in float32 and bfloat16, else in torch's own operations, compiled on CUDA. The
+arithmetic is float32 (float64 of float64 logits). Logarithms of probabilities below `FLOOR` count as `FLOOR`:
+there the probability is 0, and so is what it adds, even where a logit is minus infinity.
 
 Shape legend: R rows of a tile, W its width in entries of the vocabulary.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from seqrl.kernels.call import SUFFIX, call, fits
+from seqrl.kernels.fused import fused
 
 FLOOR = -88.0
 
@@ -85,18 +86,36 @@ def fold(tile: Tile, into: Sums) -> None:
     if fits(tile.logits.dtype, tile.logits.dtype, tile.logits.device):
         call(*_arguments("head_fold", tile), *vars(into).values())
         return
-    x = _scaled(tile)
-    largest = torch.maximum(into.largest, x.amax(1))
-    step = into.largest - largest
+    known = vars(into).values()
+    made = _fold_by_torch(tile.logits, tile.tokens - tile.first, tile.scale, *known)
+    for before, after in zip(known, made, strict=True):
+        before.copy_(after)
+
+
+@fused
+def _fold_by_torch(
+    logits: Tensor,
+    at: Tensor,
+    scale: float,
+    largest: Tensor,
+    total: Tensor,
+    moment: Tensor,
+    squares: Tensor,
+    chosen: Tensor,
+) -> tuple[Tensor, ...]:
+    """The sums, in their order; `at` [R] are the columns of the rows' tokens, some of them outside."""
+    x = _scaled(logits, scale)
+    before, largest = largest, torch.maximum(largest, x.amax(1))
+    step = before - largest
     keep = step.exp()
     x = x.sub_(largest[:, None]).clamp_(min=FLOOR)
     share = x.exp()
-    into.moment.addcmul_(into.total, step).mul_(keep).add_(x.mul_(share).sum(1))
-    into.total.mul_(keep).add_(share.sum(1))
-    into.squares.mul_(keep.square()).add_(share.square_().sum(1))
-    into.largest.copy_(largest)
-    at, here = _chosen(tile)
-    into.chosen.copy_(torch.where(here, tile.logits.gather(1, at)[:, 0] * tile.scale, into.chosen))
+    moment = moment.addcmul(total, step).mul(keep).add(x.mul_(share).sum(1))
+    total = total.mul(keep).add(share.sum(1))
+    squares = squares.mul(keep.square()).add(share.square_().sum(1))
+    here = (at >= 0) & (at < logits.shape[1])
+    theirs = logits.gather(1, at.clamp(0, logits.shape[1] - 1)[:, None])[:, 0] * scale
+    return largest, total, moment, squares, torch.where(here, theirs, chosen)
 
 
 def gradient(
@@ -117,25 +136,35 @@ def gradient(
     if minus is None and fits(tile.logits.dtype, tile.logits.dtype, tile.logits.device):
         call(*_arguments("head_gradient", tile), log_total, a, b, c, d, out.data_ptr(), out.stride(0))
         return
-    log_p = _scaled(tile).sub_(log_total[:, None]).clamp_(min=FLOOR)
+    at = tile.tokens - tile.first
+    _gradient_by_torch(tile.logits, at, tile.scale, log_total, a, b, c, d, out, minus)
+
+
+@fused
+def _gradient_by_torch(
+    logits: Tensor,
+    at: Tensor,
+    scale: float,
+    log_total: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    out: Tensor,
+    minus: Tensor | None,
+) -> None:
+    log_p = _scaled(logits, scale).sub_(log_total[:, None]).clamp_(min=FLOOR)
     p = log_p.exp()
     grad = (log_p * b[:, None]).addcmul_(p, c[:, None]).add_(a[:, None])
     if minus is not None:
         grad -= minus.masked_fill(log_p <= FLOOR, 0.0)
-    at, here = _chosen(tile)
-    out.copy_(grad.mul_(p).scatter_add_(1, at, (d * here)[:, None]))
+    is_token = torch.arange(logits.shape[1], device=at.device) == at[:, None]
+    out.copy_(grad.mul_(p).add_(torch.where(is_token, d[:, None], 0.0)))
 
 
-def _scaled(tile: Tile) -> Tensor:
+def _scaled(logits: Tensor, scale: float) -> Tensor:
     """[R, W], of its own memory."""
-    return tile.logits.to(exact(tile.logits.dtype), copy=True).mul_(tile.scale)
-
-
-def _chosen(tile: Tile) -> tuple[Tensor, Tensor]:
-    """Of each row, a column of the tile [R, 1], and whether its token is that column [R]."""
-    at = tile.tokens - tile.first
-    width = tile.logits.shape[1]
-    return at.clamp(0, width - 1)[:, None], (at >= 0) & (at < width)
+    return logits.to(exact(logits.dtype), copy=True).mul_(scale)
 
 
 def _arguments(name: str, tile: Tile) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """What stands around attention and experts: the residual stream with its norms, and gates.
 
-In C where it `fits`, else torch's own operations with the same meaning. Arithmetic is float32 (float64 of
-float64 tensors) whatever the tensors are held in.
+In C where it `fits`, compiled by torch on CUDA (`fused`), else torch's own operations with the same meaning.
+Arithmetic is float32 (float64 of float64 tensors) whatever the tensors are held in.
 
 Shape legend: T tokens, H hidden, I intermediate.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqrl.kernels.call import SUFFIX, call, fits, types_of
+from seqrl.kernels.fused import fused
 from seqrl.kernels.record import current, made
 
 
@@ -25,6 +26,8 @@ class _AddNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         def compute() -> tuple[Tensor, ...]:
+            if x.is_cuda:
+                return _add_norm_by_torch(x, delta, weight, eps, dtype)
             rstd = x.new_empty(len(x), dtype=torch.float32)
             return *_add_norm_in_c(x, delta, weight, eps, dtype, rstd), rstd
 
@@ -43,6 +46,9 @@ class _AddNorm(torch.autograd.Function):
         if dy is None:
             assert carried is not None
             return carried, carried.to(ctx.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+        if out.is_cuda:
+            found = _add_norm_backward_by_torch(out, dy, carried, weight, rstd, ctx.dtype)
+            return found[0], found[1] if ctx.needs_input_grad[1] else None, found[2], None, None
         rows, width = out.shape
         dx, threads = torch.empty_like(out), torch.get_num_threads()
         dweight = torch.zeros(threads, width)
@@ -62,13 +68,40 @@ def add_norm(
 
     Zhang and Sennrich, arXiv 1910.07467, eq. 4.
     """
-    if not fits(x.dtype, dtype, x.device, x.shape[1]):
+    in_c = fits(x.dtype, dtype, x.device, x.shape[1])
+    if not in_c and not x.is_cuda:
         x = x if delta is None else x + delta
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return x, (F.rms_norm(wide, x.shape[1:], eps=eps) * weight).to(dtype)
     if torch.is_grad_enabled() or current() is not None:
         return _AddNorm.apply(x, delta, weight, eps, dtype)
-    return _add_norm_in_c(x, delta, weight, eps, dtype, None)
+    if in_c:
+        return _add_norm_in_c(x, delta, weight, eps, dtype, None)
+    return _add_norm_by_torch(x, delta, weight, eps, dtype)[:2]
+
+
+@fused
+def _add_norm_by_torch(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """And 1 / rms of the rows, [T]."""
+    x = x if delta is None else x + delta
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = (wide.square().mean(1) + eps).rsqrt()
+    return x, (wide * rstd[:, None] * weight).to(dtype), rstd
+
+
+@fused
+def _add_norm_backward_by_torch(
+    out: Tensor, dy: Tensor, carried: Tensor | None, weight: Tensor, rstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of delta in `dtype`, and of the weight."""
+    normed = out.to(rstd.dtype) * rstd[:, None]
+    of_normed = dy.to(rstd.dtype) * weight
+    dx = (of_normed - normed * (of_normed * normed).mean(1, keepdim=True)) * rstd[:, None]
+    dx = dx if carried is None else dx + carried
+    dweight = (dy.to(rstd.dtype) * normed).sum(0)
+    return dx.to(out.dtype), dx.to(dtype), dweight.to(weight.dtype)
 
 
 def _add_norm_in_c(
@@ -84,15 +117,16 @@ def _add_norm_in_c(
 def gated(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of `gate_up` [T, 2 I] -> [T, I] (SwiGLU, arXiv 2002.05202)."""
     width = gate_up.shape[1] // 2
-    if not fits(gate_up.dtype, gate_up.dtype, gate_up.device, width):
-        gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate) * up
+    if not fits(gate_up.dtype, gate_up.dtype, gate_up.device, width) and not gate_up.is_cuda:
+        return _gated_by_torch(gate_up)  # with a gradient
     if (gate_up.requires_grad and torch.is_grad_enabled()) or current() is not None:
         return _Gated.apply(gate_up)
-    return _gated_in_c(gate_up)
+    return _gated_without_gradient(gate_up)
 
 
-def _gated_in_c(gate_up: Tensor) -> Tensor:
+def _gated_without_gradient(gate_up: Tensor) -> Tensor:
+    if gate_up.is_cuda:
+        return _gated_by_torch(gate_up)
     width = gate_up.shape[1] // 2
     out = gate_up.new_empty(len(gate_up), width)
     call(f"gate_{SUFFIX[gate_up.dtype]}", len(gate_up), width, gate_up, out)
@@ -102,20 +136,31 @@ def _gated_in_c(gate_up: Tensor) -> Tensor:
 def gated_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     """The gradient [T, 2 I] with respect to `gate_up`, given `grad` [T, I]."""
     if not fits(gate_up.dtype, gate_up.dtype, gate_up.device, grad.shape[1]):
-        gate, up = gate_up.chunk(2, dim=1)
-        sigmoid = gate.sigmoid()
-        of_gate = grad * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
-        return torch.cat([of_gate, grad * gate * sigmoid], dim=1)
+        return _gated_backward_by_torch(gate_up, grad)
     result = torch.empty_like(gate_up)
     call(f"gate_backward_{SUFFIX[gate_up.dtype]}", *grad.shape, gate_up, grad.contiguous(), result)
     return result
+
+
+@fused
+def _gated_by_torch(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+@fused
+def _gated_backward_by_torch(gate_up: Tensor, grad: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    sigmoid = gate.sigmoid()
+    of_gate = grad * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
+    return torch.cat([of_gate, grad * gate * sigmoid], dim=1)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        (out,) = made(lambda: (_gated_in_c(gate_up),))
+        (out,) = made(lambda: (_gated_without_gradient(gate_up),))
         return out
 
     @staticmethod

@@ -47,7 +47,8 @@ def matrix(*sources: Tensor, dtype: torch.dtype) -> Tensor | Tiles:
     """`sources` [out_i, in], one below the other, as products in `dtype` want them."""
     if Tiles.fit(*sources, dtype=dtype):
         return Tiles(sources)
-    return (sources[0] if len(sources) == 1 else torch.cat(sources)).to(dtype)
+    cast = [source.to(dtype) for source in sources]  # first: it is half as much to copy
+    return cast[0] if len(cast) == 1 else torch.cat(cast)
 
 
 def laid_out(weight: Tensor | Tiles) -> Matrix:

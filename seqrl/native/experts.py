@@ -62,14 +62,14 @@ class Experts(NamedTuple):
 def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down: Matrices) -> Tensor:
     """The weighted sum [T, H] of what the experts `chosen` [T, k] say of `x` [T, H], in x's type."""
     expert, order = chosen.flatten().sort(stable=True)  # [P], pairs by expert
-    ends = torch.bincount(expert, minlength=_count(gate_up)).cumsum(0)
+    experts = torch.arange(_count(gate_up), device=expert.device)
+    ends = torch.searchsorted(expert, experts, right=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     place, token = place.view_as(chosen), order // chosen.shape[1]
     if not in_c(gate_up, down):
         assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-        by_token = _by_torch(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
-        return (by_token * weights.to(x.dtype)[..., None]).sum(1)
+        return _by_torch(x, token, place, order, weights, ends, gate_up, down)
     if isinstance(gate_up, PackedExperts) or not (torch.is_grad_enabled() or current() is not None):
         inner = expert_products(x, token, gate_up, ends)
         return combined(expert_products(gated(inner), None, down, ends), place, weights.float())
@@ -88,6 +88,41 @@ def _count(matrices: Matrices) -> int:
 def in_c(*matrices: Matrices) -> bool:
     """Whether there is C for products with these."""
     return all(not isinstance(m, Tensor) or PackedExperts.fit(m) for m in matrices)
+
+
+def _by_torch(
+    x: Tensor,
+    token: Tensor,
+    place: Tensor,
+    order: Tensor,
+    weights: Tensor,
+    ends: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> Tensor:
+    # Grouped products want rows that begin at a multiple of 16 bytes.
+    if x.is_cuda and all(w.shape[2] * w.element_size() % 16 == 0 for w in (gate_up, down)):
+        said = _in_groups(_Taken.apply(x, token, place), ends, gate_up, down)
+        by_token = _Taken.apply(said, place.flatten(), order[:, None]).view(*place.shape, x.shape[1])
+    else:
+        by_token = _one_by_one(x.index_select(0, token), ends, gate_up, down)[place]  # [T, k, H]
+    return (by_token * weights.to(x.dtype)[..., None]).sum(1)
+
+
+class _Taken(torch.autograd.Function):
+    """`x[rows]`, where row i of x is in the places `back[i]` [i, j] of the result: a gradient is looked up
+    there, instead of being added up from everywhere in whatever order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return combined(grad, back, None), None, None
 
 
 class _Mixture(torch.autograd.Function):
@@ -141,12 +176,15 @@ def _matrices(sources: Sequence[Tensor], tiled: Sequence[bool]) -> list[Tensor |
     return [Tiles((x,)) if on_tiles else x for x, on_tiles in zip(sources, tiled, strict=True)]
 
 
-def _by_torch(pairs: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _in_groups(pairs: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """What each pair's expert says of it, [P, H], from `pairs` [P, H]."""
-    if pairs.device.type == "cuda":
-        offsets = ends.to(torch.int32)
-        inner = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=offsets)
-        return F.grouped_mm(gated(inner), down.transpose(1, 2), offs=offsets)
+    offsets = ends.int()
+    inner = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=offsets)
+    return F.grouped_mm(gated(inner), down.transpose(1, 2), offs=offsets)
+
+
+def _one_by_one(pairs: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same, expert by expert."""
     starts = [0, *ends.tolist()[:-1]]
     said = [
         linear(gated(linear(pairs[start:end], gate_up[expert])), down[expert])

@@ -3,12 +3,13 @@
 They are the trainer's own tensors, by reference, but for what is made at each call: projections of the same
 input are joined into one matrix, and matrices are cast where the compute type differs from theirs. Norms,
 embedding and residual stream keep the type of the weights, as under autocast. Gradients flow back through
-both into the module's parameters.
+both into the module's parameters. Without gradient they can be made in one place at every call (`Copies`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,6 +97,27 @@ class Weights:
     """Layers are run again for the gradient instead of keeping what they made."""
 
 
+class Copies:
+    """What readings make, one after the other of the same model with the same settings: each fills the
+    tensors of the first, where a CUDA graph looks for them. Without gradient."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._taken = 0
+
+    def begin(self) -> None:
+        """Another reading."""
+        self._taken = 0
+
+    def joined(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """`parts` one below the other."""
+        if self._taken == len(self._kept):
+            shape = (sum(map(len, parts)), *parts[0].shape[1:])
+            self._kept.append(parts[0].new_empty(shape, dtype=dtype))
+        self._taken += 1
+        return torch.cat(list(parts), out=self._kept[self._taken - 1])
+
+
 def why_unreadable(model: Any) -> str | None:
     """Why the native forward cannot stand in for `model`, in a few words; None where it can."""
     config = model.config
@@ -142,24 +164,37 @@ def read_weights(
     *,
     length: int,
     keep: bool = False,
+    copies: Copies | None = None,
     asked: list[Tensor] | None = None,
 ) -> Weights:
     """The weights of `model` as they are now, matrices in `dtype`, for positions below `length`.
 
-    `keep` lays them out for many products without gradient. `asked` takes the experts that a forward chooses,
-    layer by layer.
+    `keep` lays them out for many products without gradient; or what has to be made for them lies in `copies`.
+    `asked` takes the experts that a forward chooses, layer by layer.
     """
+    if copies is not None:
+        copies.begin()
 
     def linear_of(*modules: Any) -> Linear:
         biases = [module.bias for module in modules if getattr(module, "bias", None) is not None]
-        bias = torch.cat(biases).to(dtype) if biases else None
-        return Linear(matrix_of(*(module.weight for module in modules)), bias)
+        return Linear(matrix_of(*(module.weight for module in modules)), joined(biases) if biases else None)
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        if len(tensors) == 1 and tensors[0].dtype == dtype:
+            return tensors[0]
+        if copies is not None:
+            return copies.joined(tensors, dtype)
+        return torch.cat([tensor.to(dtype) for tensor in tensors])
 
     def matrix_of(*sources: Tensor) -> Matrix:
+        if copies is not None:
+            return joined(sources)
         weight = matrix(*sources, dtype=dtype)
         return laid_out(weight) if keep else weight
 
     def experts_of(source: Tensor) -> Matrices:
+        if copies is not None:
+            return joined([source])
         matrices = expert_matrices(source, dtype=dtype)
         return laid_out_experts(matrices) if keep else matrices
 
@@ -198,24 +233,27 @@ def read_weights(
         layers=[layer(module) for module in inner.layers],
         norm=norm(inner.norm),
         lm_head=linear_of(model.lm_head),
-        turn=_turn(model, length),
+        turn=_turn(model, length, copies),
         vocabulary=model.lm_head.weight.shape[0],
         checkpointing=bool(model.is_gradient_checkpointing and model.training),
     )
 
 
-def _turn(model: Any, length: int) -> Turn:
+def _turn(model: Any, length: int, copies: Copies | None) -> Turn:
     config, attention, rotary = model.config, model.model.layers[0].self_attn, model.model.rotary_emb
     wide = torch.promote_types(model.dtype, torch.float32)
     positions = torch.arange(length, device=rotary.inv_freq.device)
     cos, sin = rotary(torch.empty(1, dtype=wide, device=positions.device), positions[None])
     half = attention.head_dim // 2
+    cos, sin = (table[0, :, :half].contiguous() for table in (cos, sin))
+    if copies is not None:
+        cos, sin = (copies.joined([table], table.dtype) for table in (cos, sin))
     q_norm = getattr(attention, "q_norm", None)
     return Turn(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         size=attention.head_dim,
-        cos=cos[0, :, :half].contiguous(),
-        sin=sin[0, :, :half].contiguous(),
+        cos=cos,
+        sin=sin,
         eps=0.0 if q_norm is None else q_norm.variance_epsilon,
     )

@@ -1,55 +1,77 @@
 """The decoding loop every in-process engine shares: prompts are read once, their responses grow token by
 token, and the place of one that has ended is taken at once. An engine brings the forward pass, a `Decoder`.
 
-Shape legend: B rows decoded together, S most new tokens, V vocabulary.
+Shape legend: B rows decoded together, V vocabulary.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqrl.errors import UserError
-from seqrl.rollout.sampling import request_uniforms, sample
+from seqrl.rollout.rows import DecodedRows, Left, Request, Response
 from seqrl.types import Prompt, Rollout, SamplingParams
 
-_CUDA_LOOK_EVERY = 8
-"""Steps between looks at who has ended, where looking means waiting for the device."""
+_STEPS_ON_CUDA = 8
+"""Steps between looks at who has ended, on a device that works on while the host looks."""
 
 
-class Decoder(Protocol):
+class Decoder(ABC):
     """The forward pass of one call of `generate`, with the weights as they are now, and its rows."""
 
-    joins: bool
+    joins = False
     """Whether rows can be admitted while others are under way."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.waits = device.type == "cpu"
+        """Whether its numbers are there as soon as the host asks."""
+        self.looks_every = 1 if self.waits else _STEPS_ON_CUDA
+        """So many steps it looks at who has ended."""
+
+    def rows(self, eos_ids: Sequence[int], sampling: SamplingParams, capacity: int) -> DecodedRows:
+        """For what is drawn in this call."""
+        return DecodedRows(self.device, eos_ids, sampling, capacity, lag=0 if self.waits else 1)
+
+    def room(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> int:
+        """How many of the rows that `admit` would append there is memory for now."""
+        return sum(copies)
+
+    @abstractmethod
     def admit(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
         """Appends `copies[i]` rows that continue prompt i; the logits [sum of copies, V] that follow."""
-        ...
 
+    def crowded(self, rows: DecodedRows) -> int:
+        """Drops those of `rows`, the last ones, that there is no memory to go on with. How many they are."""
+        return 0
+
+    @abstractmethod
+    def advance(self, rows: DecodedRows) -> None:
+        """Draws a token for each of `rows`, or several until the next look."""
+
+    @abstractmethod
+    def keep(self, rows: Sequence[int]) -> None:
+        """From now on row j is what was row `rows[j]`; `rows` is ascending, all others are dropped."""
+
+
+class SteppingDecoder(Decoder):
+    """One that is asked for logits, step by step."""
+
+    @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Appends `tokens` [B] to the rows; the logits [B, V] that follow."""
-        ...
 
-    def keep(self, rows: Tensor) -> None:
-        """From now on row j is what was row `rows[j]`; `rows` is ascending, all others are dropped."""
-        ...
-
-
-class Request(NamedTuple):
-    prompt: int
-    """Index into the prompts of the call."""
-    response: int
-
-
-class Response(NamedTuple):
-    tokens: Tensor
-    logprobs: Tensor
-    finished: bool
+    def advance(self, rows: DecodedRows) -> None:
+        """See `Decoder.advance`."""
+        everybody, steps = slice(0, len(rows.requests)), min(self.looks_every, rows.steps - rows.most_drawn)
+        for _ in range(steps):
+            rows.draw(everybody, self.step(rows.last[everybody]))
+        rows.took(steps)
 
 
 class DecodingEngine(ABC):
@@ -77,7 +99,8 @@ class DecodingEngine(ABC):
         if not prompts:
             return []
         self._check(prompts, sampling)
-        with torch.inference_mode():
+        # On CUDA what is compiled for training serves here, too: its tensors are of the same kind.
+        with torch.inference_mode() if self.model.device.type == "cpu" else torch.no_grad():
             responses = self._decode(prompts, sampling, seed)
         texts = self.tokenizer.batch_decode(
             [response.tokens.tolist() for response in responses], skip_special_tokens=True
@@ -117,97 +140,28 @@ class DecodingEngine(ABC):
         capacity = min(self.max_num_seqs, len(waiting))
         longest = len(prompts[order[-1]].tokens)
         decoder = self._decoder(capacity, len(prompts), longest, sampling.max_new_tokens)
-        rows = DecodedRows(self.model.device, self.eos_ids, sampling, capacity)
-        done: dict[Request, Response] = {}
-        logits: Tensor | None = None
+        rows, left = decoder.rows(self.eos_ids, sampling, capacity), list[Left]()
         while waiting or rows.requests:
             free = capacity - len(rows.requests)
             if waiting and free and (decoder.joins or not rows.requests):
-                joining, waiting = waiting[:free], waiting[free:]
-                indices, copies = _by_prompt(joining)
-                first = decoder.admit([prompts[i].tokens for i in indices], copies)
-                logits = first if logits is None else torch.cat([logits, first])
-                rows.join(joining, [prompts[request.prompt].uid for request in joining], seed)
-            assert logits is not None
-            drawn = rows.draw(logits)
-            kept = rows.ended()
-            if kept is not None:
-                done.update(rows.leave(kept))
+                indices, copies = _by_prompt(waiting[:free])
+                fit = decoder.room([prompts[i].tokens for i in indices], copies)
+                joining, waiting = waiting[:fit], waiting[fit:]
+                if joining:
+                    indices, copies = _by_prompt(joining)
+                    logits = decoder.admit([prompts[i].tokens for i in indices], copies)
+                    rows.join(joining, [prompts[request.prompt].uid for request in joining], seed, logits)
+            if (kept := rows.going()) is not None:
+                left.append(rows.leave(kept))
                 decoder.keep(kept)
-                drawn = drawn[kept]
-            logits = decoder.step(drawn) if rows.requests else None
+            if rows.requests and (late := decoder.crowded(rows)):
+                capacity = len(rows.requests) - late
+                waiting = rows.requests[capacity:] + waiting  # they begin anew, and draw the same
+                rows.keep(range(capacity))
+            if rows.requests:
+                decoder.advance(rows)
+        done = {request: response for each in left for request, response in each.responses(rows.eos_on_host)}
         return [done[Request(i, j)] for i in range(len(prompts)) for j in range(sampling.n)]
-
-
-class DecodedRows:
-    """What has been drawn for the rows under way, on the model's device."""
-
-    def __init__(self, device: torch.device, eos_ids: Sequence[int], sampling: SamplingParams, capacity: int):
-        self.device, self.sampling, self.steps = device, sampling, sampling.max_new_tokens
-        self.eos = torch.tensor([] if sampling.ignore_eos else eos_ids, dtype=torch.long, device=device)
-        self.requests: list[Request] = []
-        self.looked = 0  # steps since the last look at who has ended
-        self.drawn = 0  # of the row that has most
-        self.uniforms = torch.empty(capacity, self.steps, dtype=torch.float64, device=device)
-        self.tokens = torch.empty(capacity, self.steps, dtype=torch.long, device=device)
-        self.logprobs = torch.empty(capacity, self.steps, device=device)
-        self.free = list(range(capacity))
-        self.place = torch.empty(0, dtype=torch.long, device=device)  # of each row in these three
-        self.count = torch.empty(0, dtype=torch.long, device=device)  # tokens each row has
-        self.ends = torch.empty(0, dtype=torch.bool, device=device)
-
-    def join(self, requests: Sequence[Request], uids: Sequence[str], seed: int) -> None:
-        places, self.free = self.free[: len(requests)], self.free[len(requests) :]
-        uniforms = [
-            request_uniforms(seed, uid, request.response, self.steps)
-            for request, uid in zip(requests, uids, strict=True)
-        ]
-        place = torch.tensor(places, device=self.device)
-        self.uniforms[place] = torch.stack(uniforms).to(self.device)
-        self.requests += requests
-        self.place = torch.cat([self.place, place])
-        self.count = torch.cat([self.count, torch.zeros_like(place)])
-        self.ends = torch.cat([self.ends, torch.zeros_like(place, dtype=torch.bool)])
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """One more token for each row, from `logits` [B, V]."""
-        at = self.place, self.count
-        drawn, logprobs = sample(logits, self.uniforms[at], self.sampling)
-        self.tokens[at], self.logprobs[at] = drawn, logprobs
-        self.count = self.count + 1
-        if self.eos.numel():
-            self.ends |= (drawn[:, None] == self.eos).any(1)
-        self.looked += 1
-        self.drawn += 1
-        return drawn
-
-    def ended(self) -> Tensor | None:
-        """The rows to go on with, ascending; None where none is known to have ended."""
-        every = _CUDA_LOOK_EVERY if self.device.type == "cuda" else 1
-        if self.looked < every and self.drawn < self.steps:
-            return None
-        self.looked = 0
-        going = ~self.ends & (self.count < self.steps)
-        if bool(going.all()):
-            return None
-        return going.nonzero()[:, 0]
-
-    def leave(self, kept: Tensor) -> Iterator[tuple[Request, Response]]:
-        """The responses of all rows but those `kept`, which stay."""
-        going = set(kept.tolist())
-        left = [i for i in range(len(self.requests)) if i not in going]
-        places = self.place[left]
-        tokens, logprobs = self.tokens[places].cpu(), self.logprobs[places].cpu()
-        is_end = torch.isin(tokens, self.eos.cpu())
-        for k, i in enumerate(left):
-            count = int(self.count[i])
-            ends = is_end[k, :count].nonzero()
-            length = int(ends[0]) + 1 if len(ends) else count
-            yield self.requests[i], Response(tokens[k, :length], logprobs[k, :length], len(ends) > 0)
-        self.free += places.tolist()
-        self.requests = [self.requests[i] for i in kept.tolist()]
-        self.place, self.count, self.ends = self.place[kept], self.count[kept], self.ends[kept]
-        self.drawn = int(self.count.max()) if self.requests else 0
 
 
 def _by_prompt(requests: Sequence[Request]) -> tuple[list[int], list[int]]:

@@ -2,7 +2,7 @@
 
 On a CPU a prompt's keys and values are held once for all responses to it, each response grows in a place of
 its own, and a place that becomes free is taken by the next (`CachedDecoder`). Where there is no C for it,
-on CUDA above all, rows are padded on the left and attend with torch's own operations (`padded.py`).
+on CUDA above all, keys and values lie in pages (`paged.py`).
 
 Shape legend: B rows, T tokens, Q and K query and key heads, D head size, P prompts.
 """
@@ -15,27 +15,82 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqrl.kernels import Cache, Spans, attend, attend_cached, filled_up, fits, turned
+from seqrl.kernels import FLASH_PAGE, Cache, Spans, attend, attend_cached, filled_up, fits, turned
 from seqrl.native.forward import hidden_states
-from seqrl.native.weights import Layer, Weights, read_weights
-from seqrl.rollout.decoding import Decoder, DecodingEngine
-from seqrl.rollout.padded import PaddedDecoder
+from seqrl.native.weights import Copies, Layer, Weights, read_weights
+from seqrl.rollout.decoding import Decoder, DecodingEngine, SteppingDecoder
+from seqrl.rollout.graphs import Capture, CudaCapture
+from seqrl.rollout.paged import PagedDecoder, pages_are_fast
+from seqrl.types import Prompt, Rollout, SamplingParams
 
 _PREFILL_TOKENS = 8192
 """Prompt tokens in one forward pass; bounds the memory of its activations."""
 _FIRST_COLUMNS = 128
 """Columns of a response that there is room for at first; twice as many whenever one needs more."""
+_KEPT_SHARE = 0.3
+"""Most of a GPU's memory that pages and graphs keep for the next call. What is more is needed for training,
+and beside a rollout that fills so much the seconds of capturing anew are few."""
+
+
+class Kept(NamedTuple):
+    """What graphs read and write, as long as it stays where it is."""
+
+    decoder: PagedDecoder
+    copies: Copies
+    columns: int
+    """Of prompt and response that there is room for."""
+    weights: tuple[int, ...]
+    """Addresses of the model's."""
 
 
 class NativeEngine(DecodingEngine):
     """A `RolloutEngine` for the models `why_unreadable` has nothing against."""
 
+    graphs = True
+    """Whether CUDA graphs are captured, where they can be."""
+    _kept: Kept | None = None
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int, policy_version: int
+    ) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        made = super().generate(prompts, sampling, seed=seed, policy_version=policy_version)
+        if self._kept is not None and self._kept.decoder.pages.share > _KEPT_SHARE:
+            self._kept = None
+        return made
+
     def _decoder(self, rows: int, prompts: int, prompt_length: int, new_tokens: int) -> Decoder:
-        w = read_weights(self.model, self.dtype, length=prompt_length + new_tokens, keep=True)
+        columns = prompt_length + new_tokens
+        if self.graphs and self._can_capture():
+            return self._captured(rows, columns)
+        w = read_weights(self.model, self.dtype, length=columns, keep=True)
         stream = w.embedding
         if fits(stream.dtype, self.dtype, stream.device, stream.shape[1], w.turn.size // 2):
             return CachedDecoder(w, rows, prompts, prompt_length, new_tokens)
-        return PaddedDecoder(w)
+        return PagedDecoder(w, rows, columns)
+
+    def _can_capture(self) -> bool:
+        size = self.model.model.layers[0].self_attn.head_dim
+        return pages_are_fast(self.model.model.embed_tokens.weight, self.dtype, size)
+
+    def _capture(self) -> Capture:
+        return CudaCapture()
+
+    def _captured(self, rows: int, columns: int) -> PagedDecoder:
+        """The decoder of the call before, with its graphs, as long as it is large enough."""
+        kept, weights = self._kept, tuple(x.data_ptr() for x in self.model.parameters())
+        if kept is not None:
+            rows, columns = max(rows, kept.decoder.capacity), max(columns, kept.columns)
+        if kept is None or (rows, columns, weights) != (kept.decoder.capacity, kept.columns, kept.weights):
+            kept = self._kept = None  # before another takes memory
+            columns = -(-columns // FLASH_PAGE) * FLASH_PAGE  # prompts of the next call may be longer
+            copies = Copies()
+            w = read_weights(self.model, self.dtype, length=columns, copies=copies)
+            self._kept = Kept(PagedDecoder(w, rows, columns, self._capture()), copies, columns, weights)
+            return self._kept.decoder
+        read_weights(self.model, self.dtype, length=columns, copies=kept.copies)
+        kept.decoder.begin()
+        return kept.decoder
 
 
 class Latest(NamedTuple):
@@ -47,7 +102,7 @@ class Latest(NamedTuple):
     """[1, V], that follow it."""
 
 
-class CachedDecoder:
+class CachedDecoder(SteppingDecoder):
     """Decoding of at most `rows` rows at once, of so many prompts, and of prompts and responses of at most so
     many tokens."""
 
@@ -56,6 +111,7 @@ class CachedDecoder:
     def __init__(
         self, weights: Weights, rows: int, prompts: int, prompt_length: int, new_tokens: int
     ) -> None:
+        super().__init__(weights.embedding.device)
         self.weights = weights
         self.new_tokens = new_tokens
         places = min(prompts, rows + 1)  # those of the rows, and the latest
@@ -126,7 +182,7 @@ class CachedDecoder:
         return self.weights.lm_head(hidden[filled_up(ends - 1)])[: len(prompts)]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoder.step`."""
+        """See `SteppingDecoder.step`."""
         positions, columns = self.prompt_columns[self.prompt] + self.columns, self.columns + 1
         rows = len(tokens)
         if int(columns.max()) > self.own[0].columns:
@@ -146,9 +202,9 @@ class CachedDecoder:
         self.columns = columns
         return logits
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         """See `Decoder.keep`."""
-        prompts, slots = set(self.prompt.tolist()), set(self.slot.tolist())
-        self.prompt, self.slot, self.columns = self.prompt[rows], self.slot[rows], self.columns[rows]
+        prompts, slots, index = set(self.prompt.tolist()), set(self.slot.tolist()), torch.tensor(rows).long()
+        self.prompt, self.slot, self.columns = self.prompt[index], self.slot[index], self.columns[index]
         self._free_prompts(prompts)
         self.free += slots - set(self.slot.tolist())

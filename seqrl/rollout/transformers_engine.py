@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqrl.rollout.decoding import DecodingEngine
+from seqrl.rollout.decoding import DecodingEngine, SteppingDecoder
 
 
 class TransformersEngine(DecodingEngine):
@@ -23,12 +23,11 @@ class TransformersEngine(DecodingEngine):
         return TransformersDecoder(self.model, self.dtype)
 
 
-class TransformersDecoder:
+class TransformersDecoder(SteppingDecoder):
     """The forward pass of `model`, its matrix products in `dtype`, and the cache of B rows."""
 
-    joins = False
-
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        super().__init__(model.device)
         self.model = model
         self.dtype = dtype
         self.accepted = inspect.signature(model.forward).parameters
@@ -45,19 +44,20 @@ class TransformersDecoder:
         self.cache = DynamicCache(config=self.model.config)
         self.real = torch.tensor(real, device=device)
         logits = self._run(torch.tensor(padded, device=device))
-        each = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(device)
+        each = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).tolist()
         self.keep(each)
         return logits[each]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoder.step`."""
+        """See `SteppingDecoder.step`."""
         self.real = torch.cat([self.real, self.real.new_ones(len(self.real), 1)], dim=1)
         return self._run(tokens[:, None])
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         """See `Decoder.keep`; `admit` repeats rows with it, too."""
-        self.cache.reorder_cache(rows)
-        self.real = self.real[rows]
+        index = torch.tensor(rows, dtype=torch.long, device=self.device)
+        self.cache.reorder_cache(index)
+        self.real = self.real[index]
 
     def _run(self, tokens: Tensor) -> Tensor:
         """Runs the last columns, `tokens` [B, T]. Logits [B, V] after the last."""

@@ -31,6 +31,7 @@ from seqrl.trainer.validation import Validation
 from seqrl.training.base import (
     EngineState,
     Update,
+    fetched,
     update_metrics,
     update_ratios,
 )
@@ -162,7 +163,8 @@ class Trainer:
             probe = batch.select(_spread(len(batch), PROBED_FOR_DRIFT))
             routing = self.training.routing(probe)
         with clock("update_actor"):
-            updates = [self.training.update(part, self.objective) for part in self._mini_batches(batch)]
+            parts = self._mini_batches(batch)
+            updates = fetched(self.training.update(part, self.objective) for part in parts)
         with clock("routing"):
             metrics |= _drift(routing, self.training.routing(probe) if routing else [])
         metrics |= self._metrics(batch, sampled, updates)

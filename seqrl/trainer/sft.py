@@ -17,7 +17,7 @@ from seqrl.report.validation import validation_metrics
 from seqrl.rewards.base import RewardFunction
 from seqrl.rollout.base import RolloutEngine
 from seqrl.trainer.interrupt import StopRequest
-from seqrl.training.base import Likelihood, TrainingEngine
+from seqrl.training.base import Likelihood, TrainingEngine, fetched
 from seqrl.types import Batch, Prompt, SamplingParams, to_offsets
 
 
@@ -49,7 +49,7 @@ class SFTTrainer:
         for step in range(1, self.total_steps + 1):
             start = time.perf_counter()
             mini_batch = self.examples.select(self.sampler.next_batch())
-            update = self.training.update(mini_batch, objective)
+            (update,) = fetched([self.training.update(mini_batch, objective)])
             seconds = {"update_actor": time.perf_counter() - start}
             metrics = {
                 "train/loss": float(update.diagnostics.loss.sum()),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,19 +28,29 @@ __all__ = [
     "PolicyObjective",
     "TrainingEngine",
     "Update",
+    "fetched",
     "update_metrics",
     "update_ratios",
 ]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step has to tell."""
+    """What one optimizer step has to tell; where it was taken, until it is `fetched`."""
 
-    grad_norm: float
-    """Before clipping; not finite where the step was skipped for it."""
+    step: int
+    """Optimizer steps taken by then, this one included."""
+    norm: Tensor
+    """[], of the gradient before clipping; not finite where the step was skipped for it."""
     lr: float
     diagnostics: Diagnostics
+
+    @property
+    def grad_norm(self) -> float:
+        """`norm` as a number, for which the device is waited."""
+        return float(self.norm)
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,8 @@ class TrainingEngine(Protocol):
         taken."""
 
     def update(self, mini_batch: Batch, objective: Objective) -> Update:
-        """One optimizer step on a mini-batch, micro-batch by micro-batch."""
+        """One optimizer step on a mini-batch, micro-batch by micro-batch. A device may still be at it when
+        this returns, see `fetched`."""
 
     @property
     def steps_done(self) -> int:
@@ -86,6 +99,17 @@ class TrainingEngine(Protocol):
 
     def save_pretrained(self, directory: Path) -> None:
         """Writes the policy and its tokenizer as a Hugging Face directory."""
+
+
+def fetched(updates: Iterable[Update]) -> list[Update]:
+    """The same on the host, all taken before any is asked for: a device that still computes is waited for
+    once. Says which steps were skipped."""
+    taken = list(updates)
+    here = [replace(u, norm=u.norm.cpu(), diagnostics=u.diagnostics.cpu()) for u in taken]
+    for update in here:
+        if not math.isfinite(update.grad_norm):
+            _log.warning("optimizer step %d skipped: gradient norm %s", update.step, update.grad_norm)
+    return here
 
 
 def update_ratios(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:

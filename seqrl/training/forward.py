@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqrl.kernels import filled_up, fits, self_attention, turned
+from seqrl.kernels import filled_up, fits, is_flash, self_attention, sent, turned
 from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights, why_unreadable
 from seqrl.training.experts import EXPERTS_NAME, hooked_routing
@@ -22,11 +22,11 @@ from seqrl.training.packing import Layout, padded_attention, varlen_attention
 from seqrl.types import Batch
 
 
-def response_hidden(model: Any, part: Batch, layout: Layout, positions: Tensor) -> Tensor:
-    """What the head would see at `positions` [R], indices into the computed tokens of `part`: [R, H]."""
+def response_hidden(model: Any, tokens: Tensor, layout: Layout, positions: Tensor) -> Tensor:
+    """What the head would see of `tokens` [T'] at `positions` [R], indices into them: [R, H]."""
     if is_native(model):
-        return native_hidden(native_weights(model, layout), part, layout).index_select(0, positions)
-    return _by_transformers(model, part, layout, positions)
+        return native_hidden(native_weights(model, layout), tokens, layout).index_select(0, positions)
+    return _by_transformers(model, tokens, layout, positions)
 
 
 def is_native(model: Any) -> bool:
@@ -40,14 +40,15 @@ def is_native(model: Any) -> bool:
 def response_routing(model: Any, layers: Sequence[Any], part: Batch) -> list[Tensor]:
     """The experts each response token of `part` is sent to by `layers` (`experts.expert_layers`), layer by
     layer: [R, k] each, on the CPU. Without gradient."""
-    layout = Layout.of_batch(part)
+    on_host = Layout.of_batch(part)
+    response = on_host.source[part.response_mask]
+    layout, tokens = on_host.to(model.device), sent(part.tokens[on_host.computed], model.device)
     asked: list[Tensor] = []
     if is_native(model):
-        native_hidden(native_weights(model, layout, asked), part, layout)
+        native_hidden(native_weights(model, layout, asked), tokens, layout)
     else:
-        asked = hooked_routing(layers, lambda: _base(model, part, layout))
-    tokens = layout.source[part.response_mask]
-    return [chosen[tokens].cpu() for chosen in asked]
+        asked = hooked_routing(layers, lambda: _base(model, tokens, layout))
+    return [chosen.cpu()[response] for chosen in asked]
 
 
 def native_weights(model: Any, layout: Layout, asked: list[Tensor] | None = None) -> Weights:
@@ -58,9 +59,9 @@ def native_weights(model: Any, layout: Layout, asked: list[Tensor] | None = None
         return read_weights(model, dtype, length=layout.longest, asked=asked)
 
 
-def native_hidden(w: Weights, part: Batch, layout: Layout) -> Tensor:
-    """[T', H] and, behind them, rows that nobody sees."""
-    tokens, positions = (filled_up(x) for x in (part.tokens[layout.computed], layout.positions))
+def native_hidden(w: Weights, tokens: Tensor, layout: Layout) -> Tensor:
+    """[T', H] of `tokens` [T'] and, behind them, rows that nobody sees."""
+    tokens, positions = filled_up(tokens), filled_up(layout.positions)
     with torch.autocast(tokens.device.type, enabled=False):
         return hidden_states(w, tokens, _attention(w, layout, positions))
 
@@ -73,7 +74,7 @@ def _attention(w: Weights, layout: Layout, positions: Tensor) -> Callable[[int, 
         if in_c:
             return self_attention(qkv, layer.q_norm, layer.k_norm, positions, w.turn, layout.spans)
         q, k, v = turned(qkv, positions, w.turn, layer.q_norm, layer.k_norm)
-        if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+        if is_flash(qkv, qkv.dtype, size):
             return varlen_attention(q, k, v, layout).flatten(1)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = padded_attention(q, k, v, layout)[0].flatten(1)
@@ -82,7 +83,7 @@ def _attention(w: Weights, layout: Layout, positions: Tensor) -> Callable[[int, 
     return attention
 
 
-def _by_transformers(model: Any, part: Batch, layout: Layout, positions: Tensor) -> Tensor:
+def _by_transformers(model: Any, tokens: Tensor, layout: Layout, positions: Tensor) -> Tensor:
     """The model's own call of its head sees one row."""
     seen: list[Tensor] = []
 
@@ -92,24 +93,24 @@ def _by_transformers(model: Any, part: Batch, layout: Layout, positions: Tensor)
         return hidden[:, :1]
 
     with _head_input(model.get_output_embeddings(), take):
-        own_logits(model, part, layout)
+        own_logits(model, tokens, layout)
     return seen[0]
 
 
-def _base(model: Any, part: Batch, layout: Layout) -> Any:
+def _base(model: Any, tokens: Tensor, layout: Layout) -> Any:
     """The model without its head."""
     return model.base_model(
-        input_ids=part.tokens[layout.computed][None],
+        input_ids=tokens[None],
         position_ids=layout.positions[None],
         use_cache=False,
         layout=layout,
     )
 
 
-def own_logits(model: Any, part: Batch, layout: Layout) -> Tensor:
-    """[T', V] of the model's own forward; fewer rows where its head sees fewer."""
+def own_logits(model: Any, tokens: Tensor, layout: Layout) -> Tensor:
+    """[T', V] of the model's own forward of `tokens` [T']; fewer rows where its head sees fewer."""
     return model(
-        input_ids=part.tokens[layout.computed][None],
+        input_ids=tokens[None],
         position_ids=layout.positions[None],
         use_cache=False,
         layout=layout,
@@ -126,7 +127,7 @@ def _head_input(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         hook.remove()
 
 
-def response_logits(model: Any, part: Batch, layout: Layout, positions: Tensor) -> Tensor:
+def response_logits(model: Any, tokens: Tensor, layout: Layout, positions: Tensor) -> Tensor:
     """The logits [R, V] at `positions`, by the model's own head and whatever it does after it."""
     with _head_input(model.get_output_embeddings(), lambda hidden: hidden.index_select(1, positions)):
-        return own_logits(model, part, layout)
+        return own_logits(model, tokens, layout)

@@ -38,6 +38,8 @@ TILE, LARGE_TILE = 2**21, 2**27
 devices as many as fill them."""
 TILE_ROWS, LARGE_TILE_ROWS = 2048, 8192
 """Most tokens of a tile, likewise."""
+LARGE_TILE_COLUMNS = 2**14
+"""Most entries of the vocabulary of a tile on other devices, so that kernels know its width."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,15 @@ class _Asked:
     """Logits of a tile, at most."""
     most_rows: int
     """Tokens of a tile, at most."""
+    most_columns: int | None
+    """Entries of the vocabulary of a tile, at most; None: any number."""
 
     def tiles(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
         """That cover [rows, columns]."""
         height = max(rows if self.keep else min(rows, self.most_rows, self.most), 1)
-        width = columns if self.keep else min(max(self.most // height, 1), columns)
+        width = (
+            columns if self.keep else min(max(self.most // height, 1), self.most_columns or columns, columns)
+        )
         for left in range(0, columns, width):
             for top in range(0, rows, height):
                 yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
@@ -143,14 +149,14 @@ def token_statistics(
     )
     on_cpu = tokens.device.type == "cpu"
     most = min(TILE if on_cpu else LARGE_TILE, max_logits)
-    most_rows = TILE_ROWS if on_cpu else LARGE_TILE_ROWS
+    most_rows, most_columns = (TILE_ROWS, None) if on_cpu else (LARGE_TILE_ROWS, LARGE_TILE_COLUMNS)
     logprobs, entropies, squares, kl = _Statistics.apply(
         logits.hidden,
         logits.weight,
         logits.bias,
         tokens.contiguous(),
         None if reference is None else reference.ready(),
-        _Asked(1 / temperature, entropy_gradient, keep, most, most_rows),
+        _Asked(1 / temperature, entropy_gradient, keep, most, most_rows, most_columns),
     )
     return TokenStatistics(
         logprobs,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,16 +13,21 @@ from torch import Tensor
 
 from seqrl.config.schema import OptimConfig
 from seqrl.errors import UserError
+from seqrl.kernels import sent
 from seqrl.training.base import EngineState, Update
 from seqrl.training.experts import expert_layers
 from seqrl.training.forward import response_routing
 from seqrl.training.logprobs import TokenStatistics, response_statistics
 from seqrl.training.objective import Counts, Diagnostics, Objective
-from seqrl.training.optim import learning_rate, load_optimizer_tensors, make_adamw, optimizer_tensors
+from seqrl.training.optim import (
+    learning_rate,
+    load_optimizer_tensors,
+    make_adamw,
+    optimizer_tensors,
+    step_unless,
+)
 from seqrl.training.packing import Split, by_count
 from seqrl.types import Batch
-
-logger = logging.getLogger(__name__)
 
 
 class LocalEngine:
@@ -94,7 +98,7 @@ class LocalEngine:
         splits = self._logprob_split(batch.lengths.tolist())
         with torch.no_grad(), self._autocast():
             for indices in splits:
-                part = batch.select(indices).to(self._device)
+                part = batch.select(indices)
                 for layer, experts in enumerate(response_routing(self.model, self._expert_layers, part)):
                     chosen.setdefault(layer, []).append(experts)
         return [torch.cat(parts) for parts in chosen.values()]
@@ -117,12 +121,9 @@ class LocalEngine:
         parts = self._accumulate(mini_batch, objective, self._update_split(mini_batch.lengths.tolist()))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
         self.steps_done += 1  # first: an optimizer step that fails half-way is not taken for none
-        if torch.isfinite(norm):
-            self.optimizer.step()
-        else:
-            logger.warning("optimizer step %d skipped: gradient norm %s", self.steps_done, float(norm))
+        step_unless(~torch.isfinite(norm), self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(float(norm), lr, type(parts[0]).merge(parts))
+        return Update(self.steps_done, norm, lr, type(parts[0]).merge(parts))
 
     def state(self) -> EngineState:
         return EngineState(
@@ -185,7 +186,7 @@ class LocalEngine:
         leaves: list[Tensor] = []
 
         def say_logprobs(indices: Sequence[int], part: Batch) -> TokenStatistics:
-            now = logprobs[mini_batch.response_token_index(indices)].to(self._device)
+            now = sent(logprobs[mini_batch.response_token_index(indices)], self._device)
             leaves.append(torch.stack([now, -now, now.square()], dim=1).requires_grad_())
             said, entropy, full_kl = leaves[-1].unbind(1)
             return TokenStatistics(said, entropy=entropy, full_kl=full_kl)
@@ -203,7 +204,7 @@ class LocalEngine:
         """Each micro-batch's share of the loss, given what `statistics` says of its response tokens."""
         counts = Counts.of(mini_batch)
         for indices in splits:
-            part = mini_batch.select(indices).to(self._device)
+            part = mini_batch.select(indices)
             said = statistics(indices, part)
             assert said.entropy is not None
             yield objective(said.logprobs, said.entropy, part, counts, said.full_kl)
@@ -212,19 +213,23 @@ class LocalEngine:
         self, model: Any, batch: Batch, split: Split, *, sum_pi_squared: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-probs [T], and sum of squared probabilities [T] where asked for; 0 outside the responses."""
-        logprobs, squares = torch.zeros(2, batch.tokens.numel())
+        splits = split(batch.lengths.tolist())
         with torch.no_grad(), self._autocast():
-            for indices in split(batch.lengths.tolist()):
-                said: TokenStatistics = response_statistics(
+            parts = [
+                response_statistics(
                     model,
-                    batch.select(indices).to(self._device),
+                    batch.select(indices),
                     temperature=self._temperature,
                     sum_pi_squared=sum_pi_squared,
                 )
-                at = batch.response_token_index(indices)
-                logprobs[at] = said.logprobs.cpu()
-                if said.sum_pi_squared is not None:
-                    squares[at] = said.sum_pi_squared.cpu()
+                for indices in splits
+            ]
+        logprobs, squares = torch.zeros(2, batch.tokens.numel())
+        for indices, said in zip(splits, parts, strict=True):  # a device is waited for here, and not before
+            at = batch.response_token_index(indices)
+            logprobs[at] = said.logprobs.cpu()
+            if said.sum_pi_squared is not None:
+                squares[at] = said.sum_pi_squared.cpu()
         return logprobs, squares
 
     def _autocast(self) -> AbstractContextManager[None]:

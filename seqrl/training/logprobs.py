@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqrl.kernels import Record, filled_up
+from seqrl.kernels import Record, filled_up, sent
 from seqrl.native.forward import can_record
 from seqrl.native.weights import Weights
 from seqrl.training.forward import (
@@ -42,7 +42,8 @@ def response_statistics(
     sum_pi_squared: bool = False,
     reference: Any = None,
 ) -> TokenStatistics:
-    """What `model` says of the response tokens of `part`, a micro-batch on its device.
+    """What `model` says of the response tokens of `part`, a micro-batch on the host; the answer is on the
+    model's device, and not waited for.
 
     Logits exist only where they predict a response token, and at most `MAX_LOGITS` of them at a time;
     they are divided by `temperature`, so that these are the log-probs of the distribution the tokens
@@ -50,7 +51,7 @@ def response_statistics(
 
     The R tokens are in the order of `part.tokens[part.response_mask]`.
     """
-    targets = _Targets.of(part)
+    targets = _Targets.of(part).to(model.device)
     of_logprobs_alone = not entropy_gradient and not sum_pi_squared and reference is None
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     gradient = bool(torch.is_grad_enabled() and trained)
@@ -63,9 +64,9 @@ def response_statistics(
 
     def logits_of(model: Any) -> Logits:
         if not has_plain_head(model):
-            return Logits(response_logits(model, part, targets.layout, targets.positions))
+            return Logits(response_logits(model, targets.computed, targets.layout, targets.positions))
         head = model.get_output_embeddings()
-        hidden = response_hidden(model, part, targets.layout, targets.positions)
+        hidden = response_hidden(model, targets.computed, targets.layout, targets.positions)
         return Logits(hidden, head.weight, head.bias)
 
     theirs = None
@@ -90,6 +91,8 @@ class _Targets:
     """The response tokens of a micro-batch, and which hidden states predict them."""
 
     layout: Layout
+    computed: Tensor
+    """[T'], the tokens that go through the model."""
     positions: Tensor
     """Index into the computed tokens, for each of R response tokens and a few more that nobody sees."""
     tokens: Tensor
@@ -102,7 +105,17 @@ class _Targets:
         layout = Layout.of_batch(part)
         predicted = part.response_mask.nonzero()[:, 0]
         positions, tokens = layout.source[predicted - 1], part.tokens[predicted]
-        return cls(layout, filled_up(positions), filled_up(tokens), len(tokens))
+        computed = part.tokens[layout.computed]
+        return cls(layout, computed, filled_up(positions), filled_up(tokens), len(tokens))
+
+    def to(self, device: torch.device) -> _Targets:
+        return _Targets(
+            self.layout.to(device),
+            sent(self.computed, device),
+            sent(self.positions, device),
+            sent(self.tokens, device),
+            self.count,
+        )
 
 
 class _Recorded:
@@ -126,7 +139,7 @@ class _Recorded:
         self._part, self._targets, self._record = part, targets, Record()
         with torch.no_grad():
             recording = self._record.recording
-            self.said = self._forward(part, targets, recording(), recording()).first(targets.count)
+            self.said = self._forward(targets, recording(), recording()).first(targets.count)
 
     def backward(self, of_logprobs: Tensor) -> None:
         """Adds the gradient of each weight that is trained, given that of the log-probs [R]. Once: what was
@@ -144,18 +157,18 @@ class _Recorded:
             of_logprobs, responses = of_logprobs[responses], filled_up(responses)
         with torch.enable_grad():
             replaying = self._record.replaying
-            said = self._forward(part, targets, replaying(rows), replaying(responses)).first(targets.count)
+            said = self._forward(targets, replaying(rows), replaying(responses)).first(targets.count)
             torch.autograd.backward(said.logprobs, of_logprobs, inputs=self._trained)
 
     def _forward(
         self,
-        part: Batch,
         targets: _Targets,
         of_tokens: AbstractContextManager[None],
         of_responses: AbstractContextManager[None],
     ) -> TokenStatistics:
         with of_tokens:
-            hidden = native_hidden(self._w, part, targets.layout).index_select(0, targets.positions)
+            hidden = native_hidden(self._w, targets.computed, targets.layout)
+            hidden = hidden.index_select(0, targets.positions)
         with of_responses:
             return token_statistics(
                 Logits(hidden, self._head.weight, self._head.bias),

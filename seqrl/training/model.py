@@ -134,7 +134,7 @@ def check_flat_forward(model: Any) -> None:
     tokens = torch.arange(16, device=device) % model.config.get_text_config().vocab_size
 
     def logits(tokens: torch.Tensor, offsets: list[int]) -> torch.Tensor:
-        layout = Layout.of(torch.tensor(offsets, device=device))
+        layout = Layout.of(torch.tensor(offsets)).to(device)
         return model(
             input_ids=tokens[None], position_ids=layout.positions[None], use_cache=False, layout=layout
         ).logits[0]

@@ -23,6 +23,7 @@ from seqrl.config.functions import described, find
 from seqrl.config.loss_keys import LOSS_MODE, PARAMETER_KEYS, aggregations, setting
 from seqrl.config.schema import ActorConfig
 from seqrl.errors import UserError
+from seqrl.kernels import sent
 from seqrl.types import Batch
 
 ARGUMENTS = ("logprobs", "old_logprobs", "advantages", "offsets")
@@ -52,10 +53,11 @@ class Diagnostics:
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
-        """Lays the parts' tensors one behind the other, on the CPU."""
-        return cls(
-            **{f.name: torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(cls)}
-        )
+        """Lays the parts' tensors one behind the other."""
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    def cpu(self) -> Self:
+        return replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ class Objective(Protocol):
         counts: Counts,
         full_kl: Tensor | None = None,
     ) -> tuple[Tensor, Diagnostics]:
-        """The share of `part`, a micro-batch, in the loss of its mini-batch.
+        """The share of `part`, a micro-batch on the host, in the loss of its mini-batch.
 
         Args:
-            logprobs, entropy: [T] of the response tokens of `part`.
+            logprobs, entropy: [T] of the response tokens of `part`, on any device.
             counts: of the whole mini-batch.
             full_kl: [T], the divergence from the reference, under `needs_full_kl`.
         """
@@ -163,13 +165,13 @@ class PolicyObjective:
         counts: Counts,
         full_kl: Tensor | None = None,
     ) -> tuple[Tensor, PolicyDiagnostics]:
-        actor, offsets = self.config, part.response_offsets
+        actor, device = self.config, logprobs.device
         assert part.old_logprobs is not None and part.advantages is not None
-        token = part.response_mask.nonzero()[:, 0]
+        offsets, token = sent(part.response_offsets, device), part.response_mask.nonzero()[:, 0]
 
         def of_tokens(values: Tensor) -> Tensor:
-            """[all tokens of the part] -> [T]"""
-            return values.index_select(0, token)
+            """[all tokens of the part] -> [T], where the log-probs are."""
+            return sent(values.index_select(0, token), device)
 
         old_logprobs, advantages = of_tokens(part.old_logprobs), of_tokens(part.advantages)
         selected = {} if part.selected is None else {"selected": of_tokens(part.selected)}

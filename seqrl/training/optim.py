@@ -33,6 +33,17 @@ def make_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         ) from error
 
 
+def step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step; none where `skipped` [] bool. A fused optimizer decides on its device, as under torch's
+    `GradScaler`; for another one the host has to ask."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skipped:
+        optimizer.step()
+
+
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """The learning rate of optimizer step `step` (the first is 0) of `total_steps`."""
     warmup = config.lr_warmup_steps

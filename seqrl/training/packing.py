@@ -11,15 +11,16 @@ Shape legend: N sequences, T tokens in all, T' of them computed, L longest seque
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqrl.errors import UserError
-from seqrl.kernels import Spans
+from seqrl.kernels import Spans, attend_flat, sent
 from seqrl.types import Batch
 
 ATTENTION_NAME = "seqrl_flat"
@@ -114,7 +115,10 @@ def _spans(own: Tensor, source: Tensor, row: Tensor, offsets: Tensor, prompts: T
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens go through the model (T' of T), and how attention finds their sequences."""
+    """Which tokens go through the model (T' of T), and how attention finds their sequences.
+
+    It is made on the host, where the batch lies, and then sent: made on a device, it would be waited for.
+    """
 
     sequences: int
     longest: int
@@ -122,6 +126,8 @@ class Layout:
     """[T'] index into T: the tokens that stand for themselves."""
     source: Tensor
     """[T] index into T': where each token's result is."""
+    borrowed: Tensor
+    """[T - T'] index into T: the tokens whose result is another's."""
     positions: Tensor
     """[T'] position of each computed token within its sequence."""
     to_padded: Tensor
@@ -129,11 +135,11 @@ class Layout:
     to_flat: Tensor
     """[T'] index into N*L."""
     spans: Spans
-    """The same for attention that needs no padding."""
+    """The same for attention on a CPU that needs no padding."""
     offsets: Tensor
-    """[N+1], where sequences begin in T."""
+    """[N+1] int32, where sequences begin in T."""
     computed_offsets: Tensor
-    """[N+1], where they begin in T'."""
+    """[N+1] int32, where they begin in T'."""
 
     @classmethod
     def of_batch(cls, batch: Batch) -> Layout:
@@ -161,13 +167,20 @@ class Layout:
             longest,
             token[own],
             source,
+            token[~own],
             position[own],
             to_padded,
             padded[own],
             _spans(own, source, row, offsets, prompts),
-            offsets,
-            F.pad(own.cumsum(0), (1, 0))[offsets],
+            offsets.int(),
+            F.pad(own.cumsum(0), (1, 0))[offsets].int(),
         )
+
+    def to(self, device: torch.device) -> Layout:
+        """Sent there, but for the spans, which only a CPU reads."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        tensors: dict[str, Any] = {k: sent(x, device) for k, x in values if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
     def pad(self, x: Tensor) -> Tensor:
         """[1, H, T', D] -> [N, H, L, D]."""
@@ -239,26 +252,31 @@ def padded_attention(
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-    """The same without padding, by FlashAttention: CUDA, half precision.
+    """The same without padding, where there is FlashAttention.
 
     query [T', H, D], key and value [T', H_kv, D] -> [T', H, D]. Each sequence has its keys side by side,
     those of a shared prompt once for each; its queries are the last of it, which is how they line up.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    if len(layout.borrowed):
+        key, value = (_Lent.apply(x, layout) for x in (key, value))
+    return attend_flat(query, key, value, layout.computed_offsets, layout.offsets, layout.longest)
 
-    keys, values = (x.index_select(0, layout.source) for x in (key, value))
-    attended: Any = varlen_attn(
-        query,
-        keys,
-        values,
-        layout.computed_offsets.to(torch.int32),
-        layout.offsets.to(torch.int32),
-        layout.longest,
-        layout.longest,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return attended
+
+class _Lent(torch.autograd.Function):
+    """What each token has of `x` [T', ...], its own or borrowed: [T, ...]. Only gradients of what is borrowed
+    are added up in no order; all others are looked up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        computed, source, borrowed = ctx.layout.computed, ctx.layout.source, ctx.layout.borrowed
+        lent = grad.index_select(0, borrowed)
+        return grad.index_select(0, computed).index_add_(0, source.index_select(0, borrowed), lent), None
 
 
 def register() -> None:

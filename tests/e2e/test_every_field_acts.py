@@ -52,7 +52,7 @@ from seqrl.errors import UserError
 from seqrl.native import forward as native
 from seqrl.report.files import METRICS, read_rows
 from seqrl.rewards import make_reward
-from seqrl.rollout.decoding import DecodedRows
+from seqrl.rollout.rows import DecodedRows
 from seqrl.tiny import CHAT_TEMPLATE, make_tokenizer, write_tiny_model
 from seqrl.types import Prompt, Rollout
 
@@ -304,9 +304,9 @@ def _run(config: Any, seen: Seen) -> None:
     decoded: Counter[int] = Counter()
     draw, add_norm = DecodedRows.draw, native.add_norm
 
-    def counted(self: DecodedRows, logits: Any) -> Any:
+    def counted(self: DecodedRows, rows: slice, logits: Any) -> None:
         decoded[len(logits)] += 1
-        return draw(self, logits)
+        draw(self, rows, logits)
 
     def counted_norm(x: Any, *rest: Any) -> Any:
         forwards[f"norm of {len(x)}"] += 1

@@ -7,16 +7,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from seqrl.kernels import call, library
+from seqrl.kernels import call, fused, library
 
 
-@pytest.fixture(params=["C", "torch"])
+@pytest.fixture(params=["C", "torch", "as on CUDA"])
 def in_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Twice: with the C, and with torch's own operations in its place."""
-    if request.param == "torch":
+    """With the C, with torch's own operations in its place, and with those that CUDA has."""
+    if request.param != "C":
         monkeypatch.setattr(call, "library", lambda: None)
     elif library() is None:
         pytest.skip("no C compiler here")
+    if request.param == "as on CUDA":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(fused, "compiles", lambda: False)
     return request.param == "C"
 
 

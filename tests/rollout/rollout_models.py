@@ -24,11 +24,11 @@ _COMMON: dict[str, Any] = {
     # Large weights: log-probs far from uniform, so that a wrong position or head shows.
     "initializer_range": 0.3,
 }
-PADDED = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_64")
-"""Of heads too narrow for the C: rows are padded on the left."""
+PAGED = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_64")
+"""Of heads too narrow for the C: keys and values in pages."""
 CACHED = ("llama/64", "qwen2/32", "qwen3/32", "qwen3_moe/32", "qwen3_moe_64/64")
 """The same with heads of so many numbers: attention over the cache without padding, in C."""
-NATIVE = (*PADDED, *CACHED)
+NATIVE = (*PAGED, *CACHED)
 
 
 class FakeTokenizer:

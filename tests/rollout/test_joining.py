@@ -43,7 +43,7 @@ class Watched(CachedDecoder):
         self.steps.append(len(tokens))
         return super().step(tokens)
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         super().keep(rows)
         self.check()
 

@@ -13,7 +13,7 @@ from seqrl.errors import UserError
 from seqrl.kernels import library
 from seqrl.rollout.base import make_engine
 from seqrl.rollout.native import CachedDecoder, NativeEngine
-from seqrl.rollout.padded import PaddedDecoder
+from seqrl.rollout.paged import PagedDecoder
 from seqrl.rollout.transformers_engine import TransformersEngine
 from seqrl.types import Rollout, SamplingParams
 
@@ -28,7 +28,7 @@ def rollouts(
     engine = make_engine(model, FakeTokenizer(), max_num_seqs=more.pop("max_num_seqs", 64), dtype=dtype)
     if isinstance(engine, NativeEngine):
         wide = model.model.layers[0].self_attn.head_dim % 32 == 0 and library() is not None
-        assert isinstance(engine._decoder(1, 1, 1, 1), CachedDecoder if wide else PaddedDecoder)
+        assert isinstance(engine._decoder(1, 1, 1, 1), CachedDecoder if wide else PagedDecoder)
     return engine.generate(more.pop("prompts", make_prompts(lengths)), sampling, seed=3, policy_version=7)
 
 

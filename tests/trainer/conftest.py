@@ -73,7 +73,7 @@ class FakeTraining:
         self.weight = self.weight * 0.9 + (mini_batch.reward * places).sum() + mini_batch.advantages.std()
         now = mini_batch.old_logprobs[mini_batch.response_mask] + 0.01 * self.steps_done
         _, diagnostics = objective(now, now.exp(), mini_batch, Counts.of(mini_batch))
-        return Update(grad_norm=1.0, lr=0.1 / self.steps_done, diagnostics=diagnostics)
+        return Update(self.steps_done, torch.tensor(1.0), lr=0.1 / self.steps_done, diagnostics=diagnostics)
 
     def state(self) -> EngineState:
         return EngineState(

@@ -37,7 +37,7 @@ class Engine:
         self.steps_done += 1
         self.seen.append(mini_batch)
         self.on_update(self.steps_done)
-        return Update(1.0, 0.1, Diagnostics(torch.tensor([0.5]), torch.tensor([1.0])))
+        return Update(1, torch.tensor(1.0), 0.1, Diagnostics(torch.tensor([0.5]), torch.tensor([1.0])))
 
     def save_pretrained(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from seqrl.config.schema import ActorConfig, OptimConfig, PolicyLossConfig
+from seqrl.training.base import fetched
 from seqrl.training.objective import Likelihood, Objective, PolicyObjective
 from seqrl.types import Batch
 
@@ -111,7 +112,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_the_next_goes_on(
     before = weights(engine)
     poisoned = replace(batch, advantages=torch.where(batch.response_mask, torch.nan, 0.0))
     with caplog.at_level(logging.WARNING):
-        update = engine.update(poisoned, GSPO)
+        (update,) = fetched([engine.update(poisoned, GSPO)])
     assert not math.isfinite(update.grad_norm)
     assert caplog.messages == ["optimizer step 1 skipped: gradient norm nan"]
     assert_alike(weights(engine), before, rtol=0, atol=0)

@@ -9,7 +9,13 @@ import torch
 
 from seqrl.config.schema import OptimConfig
 from seqrl.errors import UserError
-from seqrl.training.optim import learning_rate, load_optimizer_tensors, make_adamw, optimizer_tensors
+from seqrl.training.optim import (
+    learning_rate,
+    load_optimizer_tensors,
+    make_adamw,
+    optimizer_tensors,
+    step_unless,
+)
 
 
 def schedule(total: int, **settings: object) -> list[float]:
@@ -104,3 +110,22 @@ def test_a_state_of_another_model_is_refused() -> None:
     net = make_net()
     with pytest.raises(UserError, match=r"optimizer state holds 7\.weight"):
         load_optimizer_tensors(net, make_adamw(net, OptimConfig()), {"7.weight:exp_avg": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_skipped_leaves_no_trace(fused: bool) -> None:
+    config = OptimConfig(lr=0.01, override_optimizer_config={"fused": fused})
+    ends = []
+    for told in ([False, False], [True, False, True, True, False]):
+        net = make_net()
+        optimizer = make_adamw(net, config)
+        for skipped in told:
+            generator = torch.Generator().manual_seed(sum(not s for s in told))
+            net(torch.randn(5, 3, generator=generator)).square().sum().backward()
+            if skipped:
+                net[0].weight.grad[0, 0] = torch.nan
+            step_unless(torch.tensor(skipped), optimizer)
+            optimizer.zero_grad()
+        ends.append({**net.state_dict(), **optimizer_tensors(net, optimizer)})
+    assert ends[0]["0.weight:step"] == 2
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

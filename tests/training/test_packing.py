@@ -199,10 +199,19 @@ def flash(query: Any, keys: Any, values: Any, q_at: Any, k_at: Any, *_: int, **o
 
 
 def test_attention_of_variable_length_is_padded_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third sequence begins with the first's prompt, the fourth has no response."""
+    """The third sequence begins with the first's prompt, the fourth has no response. Gradients, too."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
     stand_in = torch.tensor([*range(8), 0, 1, 2, 11, 12, 13, 5, 6, *range(16, 21)])
     layout = Layout.of(to_offsets(torch.tensor([5, 3, 6, 2, 5])), stand_in)
-    q, k, v = (torch.randn(len(layout.computed), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    padded = padded_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), layout)[0]
-    torch.testing.assert_close(varlen_attention(q, k, v, layout), padded)
+    assert layout.borrowed.tolist() == [8, 9, 10, 14, 15]
+    heads = [
+        torch.randn(len(layout.computed), count, 8, dtype=torch.float64, requires_grad=True)
+        for count in (4, 2, 2)
+    ]
+    padded = padded_attention(*(x.transpose(0, 1)[None] for x in heads), layout)[0]
+    ours = varlen_attention(*heads, layout)
+    torch.testing.assert_close(ours, padded)
+    toward = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, heads, toward), torch.autograd.grad(padded, heads, toward)
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seqrl.algos.losses.base import Surrogate, clipped
 from seqrl.algos.numerics import exp_or_tangent
-from seqrl.algos.segments import segment_mean
+from seqrl.algos.segments import segment_index, segment_mean
 
 
 def gspo(
@@ -50,7 +50,7 @@ def gspo(
         clip_c: with A < 0 the surrogate never exceeds -A * clip_c.
     """
     current = logprobs.detach()
-    log_ratio = segment_mean(current - old_logprobs, offsets).repeat_interleave(offsets.diff())
+    log_ratio = segment_mean(current - old_logprobs, offsets)[segment_index(offsets, logprobs.numel())]
     return clipped(log_ratio + (logprobs - current), advantages, clip_low, clip_high, clip_c)
 
 
@@ -110,7 +110,7 @@ def geo_mean(
     clipped_low = (advantages < 0) & (log_ratio < -clip_low)
     clipped_high = (advantages > 0) & (log_ratio > clip_high)
     bounded = torch.where(clipped_low, -clip_low, torch.where(clipped_high, clip_high, log_ratio))
-    mean = segment_mean(bounded, offsets).repeat_interleave(offsets.diff())
+    mean = segment_mean(bounded, offsets)[segment_index(offsets, logprobs.numel())]
     share = torch.where(clipped_low | clipped_high, torch.zeros_like(mean), logprobs - current)
     values = -advantages * exp_or_tangent(mean + share)
     return Surrogate(values, clipped_low, clipped_high, torch.zeros_like(clipped_low))
