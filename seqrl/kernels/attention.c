@@ -194,7 +194,7 @@ INLINE void keys_stretch(int pairs, const Attention *a, const word *k, const wor
         }
 }
 
-/* dk and dv of the tokens that nobody owns stay as they are. Returns nonzero without memory. */
+/* Returns nonzero without memory. */
 INLINE int backward(int pairs, long sequences, Attention a, const int64_t *shared, const int64_t *shared_columns,
                     const int64_t *own, const int64_t *own_columns, const void *o, const float *lse, const void *dout,
                     float *delta, long tokens, float *dq, float *dk, float *dv) {
@@ -204,7 +204,9 @@ INLINE int backward(int pairs, long sequences, Attention a, const int64_t *share
     long *owner = malloc(sizeof(long) * (tokens + 1)), *next = malloc(sizeof(long) * (sequences + 1));
     long *guests = malloc(sizeof(long) * (sequences + 1));
     int failed = !of_queries || !of_keys || !owner || !next || !guests;
-    if (!failed) guests_of(sequences, shared, shared_columns, own, own_columns, owner, guests, next);
+    if (!failed) guests_of(sequences, shared, shared_columns, own, own_columns, tokens, owner, guests, next);
+    for (long t = 0; t < tokens && !failed; t++)
+        if (owner[t] < 0) no_gradient(&a, t, dq, dk, dv);
 #pragma omp parallel if (!failed)
     {
         word *one = failed ? NULL : aligned_alloc(64, 4 * size * sizeof(vf)), *other = one + size;

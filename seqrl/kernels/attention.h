@@ -35,10 +35,11 @@ static inline Queries queries(const Attention *a, long own, long columns, long h
     return result;
 }
 
-/* The sequences that see another's tokens, a list for each owner: first[s], then next[..], -1 behind the last. `owner`
-   is scratch space, of a number for each token. */
+/* The sequences that see another's tokens, a list for each owner: first[s], then next[..], -1 behind the last. And the
+   sequence that each token belongs to, -1 where there is none. */
 static inline void guests_of(long sequences, const int64_t *shared, const int64_t *shared_columns, const int64_t *own,
-                             const int64_t *own_columns, long *owner, long *first, long *next) {
+                             const int64_t *own_columns, long tokens, long *owner, long *first, long *next) {
+    for (long t = 0; t < tokens; t++) owner[t] = -1;
     for (long s = 0; s < sequences; s++) {
         first[s] = -1;
         for (long t = own[s]; t < own[s] + own_columns[s]; t++) owner[t] = s;
@@ -48,6 +49,13 @@ static inline void guests_of(long sequences, const int64_t *shared, const int64_
             long host = owner[shared[s]];
             next[s] = first[host], first[host] = s;
         }
+}
+
+/* Of a token that belongs to nobody: rows of zeros. */
+static inline void no_gradient(const Attention *a, long token, float *dq, float *dk, float *dv) {
+    long of_keys = a->kv_heads * a->size, of_queries = a->heads * a->size;
+    memset(dq + token * of_queries, 0, of_queries * 4);
+    memset(dk + token * of_keys, 0, of_keys * 4), memset(dv + token * of_keys, 0, of_keys * 4);
 }
 
 /* The same in bfloat16 on tiles, for processors that have them (tiles.h): attention_tiles.c. */

@@ -209,7 +209,7 @@ class _SelfAttention(torch.autograd.Function):
         qkv, q_weight, k_weight, positions, out, lse = ctx.saved_tensors
         turn, threads = ctx.turn, torch.get_num_threads()
         q, k, v = _side_by_side(*turned(qkv, positions, turn, q_weight, k_weight))
-        dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+        dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
         call(
             f"attend_backward_{SUFFIX[q.dtype]}",
             *(*_of_spans(ctx.spans, q, k, v), out, lse, grad.contiguous()),

@@ -350,7 +350,7 @@ int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, co
     long *place = tasks ? malloc(sizeof(long) * (count + 1)) : NULL; /* of each task's part, blocks of 16 keys */
     int failed = !tasks || !owner || !next || !guests || !first_task || !place;
     if (!failed) {
-        guests_of(sequences, shared, shared_columns, own, own_columns, owner, guests, next);
+        guests_of(sequences, shared, shared_columns, own, own_columns, tokens, owner, guests, next);
         for (long i = 0; i <= sequences * a.kv_heads; i++) first_task[i] = -1;
         for (long t = count; t-- > 0;) first_task[tasks[t].sequence * a.kv_heads + tasks[t].head] = t;
         for (long t = 0; t < count; t++) {
@@ -376,6 +376,7 @@ int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, co
             vf dots = {0};
             for (long d = 0; d < size; d += LANES) dots += load_bf16(o + i * size + d) * load_bf16(dout + i * size + d);
             delta[i] = sum(dots);
+            if (i % a.heads == 0 && owner[i / a.heads] < 0) no_gradient(&a, i / a.heads, dq, dk, dv);
         }
         tiles_on();
 #pragma omp for schedule(dynamic, 1)
@@ -433,6 +434,8 @@ int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, co
         for (long i = 0; i < sequences * a.kv_heads; i++) {
             if (!able) continue;
             long s = i / a.kv_heads, head = i % a.kv_heads, at = own[s] * stride + head * size;
+            for (long c = 0; c < own_columns[s]; c++)
+                memset(dk + at + c * stride, 0, size * 4), memset(dv + at + c * stride, 0, size * 4);
             for (long guest = s; guest >= 0; guest = guest == s ? guests[s] : next[guest])
                 for (long t = first_task[guest * a.kv_heads + head]; t >= 0 && t < count; t++) {
                     if (tasks[t].sequence != guest || tasks[t].head != head) break;

@@ -153,14 +153,15 @@ def test_a_long_sequence() -> None:
     check_self_attention([(1, [170])], (2, 1, 32), False, F32, F32)
 
 
-def test_what_is_no_number_stays_in_its_sequence() -> None:
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_what_is_no_number_stays_in_its_sequence(dtype: torch.dtype) -> None:
     layout = layout_of([(5, [30]), (5, [30, 4])])
     turn = turn_of(2, 1, 32, 64)
 
     def run(qkv: Tensor) -> list[Tensor]:
         return results(lambda x: self_attention(x, None, None, layout.positions, turn, layout.spans), qkv)
 
-    clean = random(len(layout.computed), 4 * 32)
+    clean = random(len(layout.computed), 4 * 32).to(dtype)
     spoiled = clean.clone()
     spoiled[20] = torch.nan
     for before, after in zip(run(clean), run(spoiled), strict=True):
@@ -191,18 +192,20 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("spoiled", [0.0, torch.nan])
-def test_tokens_of_no_sequence_get_nothing_and_change_nothing(spoiled: float) -> None:
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_tokens_of_no_sequence_get_nothing_and_change_nothing(spoiled: float, dtype: torch.dtype) -> None:
     """A row may be filled up to a round number of tokens."""
     layout, turn, weight = layout_of(SMALL), turn_of(4, 2, 32, 64), random(32, seed=1)
     count = len(layout.computed)
-    short = random(count, 8 * 32)
-    filled = torch.cat([short, torch.full((5, 8 * 32), spoiled)])
+    short = random(count, 8 * 32).to(dtype)
+    filled = torch.cat([short, torch.full((5, 8 * 32), spoiled, dtype=dtype)])
 
     def run(qkv: Tensor) -> list[Tensor]:
         positions = torch.cat([layout.positions, torch.zeros(len(qkv) - count, dtype=torch.long)])
         x, q_weight = qkv.clone().requires_grad_(), weight.clone().requires_grad_()
+        torch.full((3, count, 4 * 32), torch.nan)  # what memory that is used again may hold
         out = self_attention(x, q_weight, weight, positions, turn, layout.spans)
-        out[:count].backward(random(count, 4 * 32, seed=7))
+        out[:count].backward(random(count, 4 * 32, seed=7).to(dtype))
         return [out.detach(), x.grad, q_weight.grad]
 
     for of_short, of_filled in zip(run(short)[:2], run(filled)[:2], strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from ctypes import CDLL
@@ -19,7 +20,10 @@ import pytest
 
 from seqrl.kernels import build
 
-pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler here")
+# Not where the sources do not compile: all tests of the kernels would pass by.
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here"
+)
 
 
 @pytest.fixture
