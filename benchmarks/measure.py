@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +35,7 @@ PEAK_SHAPES = (
     (4096, 1024, 4096),
 )
 """Rows, inner and columns of what `matrix_peak` multiplies: square, and tall as in training."""
-PEAK_SECONDS = 0.3
+PEAK_SECONDS = 0.1
 """How long each of them is repeated."""
 
 
@@ -136,7 +137,7 @@ class Elsewhere:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         threads = (torch.get_num_threads(),)
-        self._pool = ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads)
+        self._pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=threads)
         self._numbers = itertools.count()
 
     def __enter__(self) -> Elsewhere:
@@ -158,6 +159,13 @@ class Elsewhere:
     def forget(self) -> None:
         """Lets all sides go, and what they hold."""
         self.run(_forget_sides)
+
+
+def _begin(threads: int) -> None:
+    """In a process of an `Elsewhere`: as many threads, and an end with the process that made it."""
+    torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 _sides: dict[int, Callable[[], Any]] = {}

@@ -7,12 +7,13 @@ each) and the same fused AdamW; their gradient norms are compared first. transfo
 micro-batches of 64 sequences as they come, with scaled dot-product attention and, under bfloat16, autocast,
 as seqrl.
 
-MFU is useful arithmetic over time and over the matrix peak, measured in the same run: 2 operations per weight
-and token in the forward pass and 4 in the backward, attention where it is causal (half of a square), the head
-over response tokens. What need not be computed does not count: padding, a group's prompt more than once, the
-last token of a response, which predicts nothing, and anything computed twice. It is the same number for both
-sides, so their MFUs differ as their times do. The optimizer step, a matter of memory and not of arithmetic,
-has a column of its own and no part in MFU.
+MFU is useful arithmetic over time and over the matrix peak, which is measured beside each turn, for a matrix
+unit may be quick in one second and slow in the next. Useful are 2 operations per weight and token in the
+forward pass and 4 in the backward, attention where it is causal (half of a square), the head over response
+tokens. What need not be computed does not count: padding, a group's prompt more than once, the last token of
+a response, which predicts nothing, and anything computed twice. It is the same number for both sides, so
+their MFUs differ as their times do. The optimizer step, a matter of memory and not of arithmetic, has a
+column of its own and no part in MFU.
 """
 
 from __future__ import annotations
@@ -266,6 +267,8 @@ def update_memory(side: str, directory: Path, dtype: torch.dtype, batch: Batch) 
 class Measured:
     seconds: dict[str, list[float]]
     """Of whole updates, by side."""
+    peaks: list[float]
+    """FLOP/s of the processor's matrix products, beside each turn."""
     step_seconds: dict[str, list[float]]
     """Of the optimizer's part in them."""
     flops: int
@@ -275,6 +278,11 @@ class Measured:
         """Medians: seconds of forward and backward, and of the optimizer step."""
         pairs = list(zip(self.seconds[side], self.step_seconds[side], strict=True))
         return median(whole - step for whole, step in pairs), median(step for _, step in pairs)
+
+    def mfu(self, side: str) -> float:
+        """Median of the turns."""
+        turns = zip(self.seconds[side], self.step_seconds[side], self.peaks, strict=True)
+        return median(self.flops / (whole - step) / peak for whole, step, peak in turns)
 
 
 def measure(work: Work, turns: int, processes: Mapping[str, Elsewhere]) -> Measured:
@@ -291,13 +299,18 @@ def measure(work: Work, turns: int, processes: Mapping[str, Elsewhere]) -> Measu
         def turn(name: str) -> Callable[[], None]:
             return lambda: steps[name].append(sides[name]().step_seconds)
 
-        seconds = take_turns({name: turn(name) for name in sides}, turns, warmup=0)
+        def peak() -> None:
+            peaks.append(processes["seqrl"].run(matrix_peak, dtype))
+
+        peaks: list[float] = []
+        seconds = take_turns({**{name: turn(name) for name in sides}, "peak": peak}, turns, warmup=0)
+        del seconds["peak"]
         config = make_config(directory)
         for process in processes.values():
             process.forget()
         memory = {name: in_fresh_process(update_memory, name, directory, dtype, batch) for name in seconds}
     steps = {name: steps[name] for name in seconds}  # of those that came to the end
-    return Measured(seconds, steps, useful_flops(config, batch)[0], memory)
+    return Measured(seconds, peaks, steps, useful_flops(config, batch)[0], memory)
 
 
 def make_config(directory: Path) -> Any:
@@ -306,7 +319,7 @@ def make_config(directory: Path) -> Any:
     return AutoConfig.from_pretrained(directory)
 
 
-def to_rows(runs: Sequence[tuple[Work, Measured]], peaks: dict[str, float]) -> Iterator[list[str]]:
+def to_rows(runs: Sequence[tuple[Work, Measured]]) -> Iterator[list[str]]:
     for work, measured in runs:
         cells = [work.model, work.lengths, str(work.sequences), work.dtype]
         for side in SIDES:
@@ -314,9 +327,9 @@ def to_rows(runs: Sequence[tuple[Work, Measured]], peaks: dict[str, float]) -> I
                 cells += ["failed"] * 4
                 continue
             passes, step = measured.apart(side)
-            mfu = measured.flops / passes / peaks[work.dtype]
             memory = measured.peak_bytes[side] / 2**20
-            cells += [f"{passes:.3f}", f"{step:.3f}", f"{100 * mfu:.0f}%", f"{memory:.0f}"]
+            cells += [f"{passes:.3f}", f"{step:.3f}", f"{100 * measured.mfu(side):.0f}%", f"{memory:.0f}"]
+        cells.append(f"{median(measured.peaks) / 1e9:.0f}")
         both = len(measured.seconds) == len(SIDES)
         cells.append(f"**{Ratio.of(*(measured.seconds[x] for x in reversed(SIDES)))}**" if both else "")
         yield cells
@@ -352,7 +365,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     here = setting(turns=args.turns)
-    peaks = {dtype: matrix_peak(DTYPES[dtype]) for dtype in args.dtype}
     works = [
         Work(model, dtype, lengths, sequences)
         for model in args.model
@@ -368,11 +380,9 @@ def main() -> None:
             for sequences in args.sequences
             for dtype in args.dtype
         ]
-    # Again, should the machine have been busy before.
-    peaks = {dtype: max(peak, matrix_peak(DTYPES[dtype])) for dtype, peak in peaks.items()}
-    here |= {f"matrix peak, {dtype}": f"{peak / 1e9:.0f} GFLOP/s" for dtype, peak in peaks.items()}
     of_side = ["passes, s", "optimizer, s", "MFU", "MiB"]
     columns = ["model", "lengths", "sequences", "dtype", *(f"{x}: {c}" for x in SIDES for c in of_side)]
+    columns += ["peak, GFLOP/s", "seqrl is faster"]
     versus = ["dtype", "sequences", "moe-64x8, s", "dense, s", "MoE takes, times", "its FLOPs, times"]
     markdown = f"""# Update: seqrl and padded transformers
 
@@ -380,14 +390,14 @@ Prompts of {PROMPT} tokens, one for {GROUP} responses of {MEAN} tokens on averag
 Medians over turns. Passes are forward and backward; MiB are the peak of an update with weights, gradients and
 optimizer state.
 
-{table([*columns, "seqrl is faster"], to_rows(runs, peaks))}
+{table(columns, to_rows(runs))}
 
 ## Experts against a dense model of equal active weights
 
 Both through seqrl, log-normal lengths.
 
 {table(versus, against)}"""
-    numbers = {"peaks": peaks, "runs": [{**asdict(work), **asdict(measured)} for work, measured in runs]}
+    numbers = {"runs": [{**asdict(work), **asdict(measured)} for work, measured in runs]}
     write_results("update", here, markdown, numbers | {"experts": against}, directory=args.out)
 
 

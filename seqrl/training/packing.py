@@ -27,18 +27,33 @@ ATTENTION_NAME = "seqrl_flat"
 
 
 def by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Splits sequences into as few micro-batches as fit `max_tokens`, each of similar lengths.
+    """Splits sequences into as few micro-batches as fit `max_tokens`, none of them larger than it has to be,
+    each of similar lengths.
 
     Longest first, so that sequences laid side by side for attention waste little, and the largest
     micro-batch fails for lack of memory at once if at all. A sequence longer than `max_tokens` goes
     alone. Returns indices into `lengths`.
     """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    fewest = _filled(order, lengths, max_tokens)
+    if len(fewest) < 2:
+        return fewest
+    equal = max(-(-sum(lengths) // len(fewest)), lengths[order[0]])
+    for size in range(equal, max_tokens, -(-equal // 50)):
+        parts = _filled(order, lengths, size)
+        if len(parts) == len(fewest):
+            return parts
+    return fewest
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """One part after the other, up to `size` tokens each."""
     parts: list[list[int]] = []
     room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in order:
         if not parts or lengths[index] > room:
             parts.append([])
-            room = max_tokens
+            room = size
         parts[-1].append(index)
         room -= lengths[index]
     return parts

@@ -35,6 +35,12 @@ def test_by_tokens_takes_each_sequence_once_and_keeps_to_the_budget(lengths: lis
     assert all(len(part) == 1 or sum(lengths[i] for i in part) <= budget for part in parts)
 
 
+def test_by_tokens_makes_no_part_larger_than_it_has_to_be() -> None:
+    lengths = [5] * 20
+    assert [len(part) for part in by_tokens(lengths, 90)] == [10, 10]
+    assert [len(part) for part in by_tokens(lengths, 45)] == [7, 7, 6]
+
+
 def test_by_tokens_puts_the_longest_first_and_like_with_like() -> None:
     assert by_tokens([3, 9, 4, 9, 2], 18) == [[1, 3], [2, 0, 4]]
     assert by_tokens([3, 30, 4], 10) == [[1], [2, 0]], "one longer than the budget goes alone"
