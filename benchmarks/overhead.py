@@ -2,12 +2,13 @@
 
     python -m benchmarks.overhead [--steps 12]
 
-Overhead is what is left of a step's seconds (`timing_s/*` of its metrics) without generation, old and
-reference log-probs, update and verifier: data, advantages, drift of the experts, metrics, their files,
-checkpoints. The first step, which has the self-test, and validation, which is no training, are left out. The
-quickstart's model is the one after its cold start (made anew, about a minute), whose responses are short. The
-others have the reward of `benchmarks.step`, the share of digits: their answers are all wrong, and without a
-difference nobody has a gradient.
+Overhead is what is left of a step's seconds (`timing_s/*` of its metrics) without generation, forward and
+backward passes and verifier: data, advantages, metrics, their files, checkpoints. The forward passes that
+measure how far the experts' choices move (`routing`, mixtures only) are no part of it, and of a second number
+they are: nothing but that metric asks for them. The first step, which has the self-test, and validation,
+which is no training, are left out. The quickstart's model is the one after its cold start (made anew, about a
+minute), whose responses are short. The others have the reward of `benchmarks.step`, the share of digits:
+their answers are all wrong, and without a difference nobody has a gradient.
 
 Memory is the most that the process of `seqrl train` held at any time. Weights, gradients, the optimizer's
 state and the KV cache are counted from their shapes, the cache as the rows that a step decodes times the
@@ -38,7 +39,7 @@ from benchmarks.update import make_config
 from seqrl import quickstart
 from seqrl.report.files import METRICS, read_rows
 
-WORK = ("gen", "old_log_prob", "ref", "update_actor", "reward")
+WORK = ("gen", "old_log_prob", "ref", "update_actor", "reward", "routing")
 NO_PART = ("step", "testing")
 PROMPTS, RESPONSES = 32, 8
 DIGITS = f"custom_reward_function.path={Path(step.__file__).resolve()}"
@@ -107,8 +108,8 @@ def seconds_by_part(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     def whole(step: Mapping[str, float]) -> float:
         return step["step"] - step.get("testing", 0.0)
 
-    def work(step: Mapping[str, float]) -> float:
-        return sum(step.get(name, 0.0) for name in WORK)
+    def work(step: Mapping[str, float], but: str = "") -> float:
+        return sum(step.get(name, 0.0) for name in WORK if name != but)
 
     stages = sorted({name for step in steps for name in step} - {*NO_PART, *WORK})
     unnamed = median(whole(step) - work(step) - sum(step.get(x, 0.0) for x in stages) for step in steps)
@@ -117,6 +118,7 @@ def seconds_by_part(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         **{name: middle(name) for name in (*WORK, *stages)},
         "unnamed": unnamed,
         "overhead, share": median(1 - work(step) / whole(step) for step in steps),
+        "with routing, share": median(1 - work(step, "routing") / whole(step) for step in steps),
     }
 
 
@@ -150,7 +152,7 @@ def time_table(runs: Mapping[str, Mapping[str, float]]) -> str:
     columns = list(dict.fromkeys(name for parts in runs.values() for name in parts))
     cells = {
         run: [
-            f"**{100 * parts[name]:.1f}%**" if name == "overhead, share" else f"{parts.get(name, 0.0):.4f}"
+            f"**{100 * parts[name]:.1f}%**" if name.endswith("share") else f"{parts.get(name, 0.0):.4f}"
             for name in columns
         ]
         for run, parts in runs.items()
@@ -177,7 +179,7 @@ def main() -> None:
         "--limit", nargs="+", type=int, default=[64, 256], help="tokens, of the memory's runs"
     )
     parser.add_argument(
-        "--micro-batch", nargs="+", type=int, default=[16384, 4096], help="tokens, of the memory's runs"
+        "--micro-batch", nargs="+", type=int, default=[4096, 16384], help="tokens, of the memory's runs"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY")
