@@ -83,11 +83,16 @@ def expert_matrices(source: Tensor, *, dtype: torch.dtype) -> Tensor | Tiles:
     return Tiles((source,)) if Tiles.fit(source, dtype=dtype) else source.to(dtype)
 
 
-def laid_out_experts(matrices: Tensor | Tiles) -> Matrices:
-    """The same for many products without gradient."""
-    if isinstance(matrices, Tiles):
-        return matrices.laid_out()
-    return PackedExperts.of(matrices) if PackedExperts.fit(matrices) else matrices
+def laid_out_experts(*layer: Tensor | Tiles) -> list[Matrices]:
+    """All matrices of a layer, for many products without gradient: in C where there is C for all."""
+    in_c = PackedExperts.fit(*(matrices for matrices in layer if isinstance(matrices, Tensor)))
+
+    def laid_out(matrices: Tensor | Tiles) -> Matrices:
+        if isinstance(matrices, Tiles):
+            return matrices.laid_out()
+        return PackedExperts.of(matrices) if in_c else matrices
+
+    return [laid_out(matrices) for matrices in layer]
 
 
 def expert_products(x: Tensor, token: Tensor | None, matrices: Matrices, ends: Tensor) -> Tensor:

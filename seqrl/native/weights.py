@@ -192,11 +192,11 @@ def read_weights(
         weight = matrix(*sources, dtype=dtype)
         return laid_out(weight) if keep else weight
 
-    def experts_of(source: Tensor) -> Matrices:
+    def experts_of(*sources: Tensor) -> Sequence[Matrices]:
         if copies is not None:
-            return joined([source])
-        matrices = expert_matrices(source, dtype=dtype)
-        return laid_out_experts(matrices) if keep else matrices
+            return [joined([source]) for source in sources]
+        layer = [expert_matrices(source, dtype=dtype) for source in sources]
+        return laid_out_experts(*layer) if keep else layer
 
     def norm(module: Any) -> Norm:
         return Norm(module.weight, module.variance_epsilon)
@@ -204,10 +204,11 @@ def read_weights(
     def mlp(module: Any) -> Dense | Experts:
         if not hasattr(module, "experts"):
             return Dense(linear_of(module.gate_proj, module.up_proj), linear_of(module.down_proj))
+        gate_up, down = experts_of(module.experts.gate_up_proj, module.experts.down_proj)
         return Experts(
             router=matrix_of(module.gate.weight),
-            gate_up=experts_of(module.experts.gate_up_proj),
-            down=experts_of(module.experts.down_proj),
+            gate_up=gate_up,
+            down=down,
             top_k=module.gate.top_k,
             normalise=module.gate.norm_topk_prob,
             asked=asked,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqrl.kernels import PackedExperts, library
+from seqrl.kernels import expert_matrices, laid_out_experts
 from seqrl.native.experts import Experts, mixture
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -104,17 +104,21 @@ def test_frozen_experts_pass_the_gradient_on(in_c: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 100])
-def test_packed_matrices_say_the_same(threads: int, tokens: int, dtype: torch.dtype) -> None:
-    if library() is None:
-        pytest.skip("no C compiler here")
+@pytest.mark.parametrize("intermediate", [32, 16, 10])
+def test_a_layer_laid_out_for_many_products_says_the_same(
+    in_c: bool, threads: int, intermediate: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """Of whatever width: with 16 the C takes the first of the two matrices and not the second."""
     chosen = choices(tokens, 64, 8)
     x, weights = random(tokens, 32).to(dtype), random(tokens, 8, seed=1).abs()
-    gate_up, down = (random(64, *size, seed=2).to(dtype) / 4 for size in ((64, 32), (32, 32)))
+    sizes = (2 * intermediate, 32), (32, intermediate)
+    gate_up, down = (random(64, *size, seed=2).to(dtype) / 4 for size in sizes)
+    layer = laid_out_experts(*(expert_matrices(source, dtype=dtype) for source in (gate_up, down)))
     with torch.no_grad():
-        packed = mixture(x, chosen, weights, PackedExperts.of(gate_up), PackedExperts.of(down))
-    assert packed.dtype == dtype
+        said = mixture(x, chosen, weights, *layer)
+    assert said.dtype == dtype
     exact = by_formula(x.double(), chosen, weights.double(), gate_up.double(), down.double())
-    near([packed], [exact], ERROR[dtype])
+    near([said], [exact], ERROR[dtype])
 
 
 @pytest.mark.parametrize("normalise", [True, False])
