@@ -283,6 +283,8 @@ class Cache:
 
 def attend_cached(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     prompts: Cache,
     prompt: Tensor,
     prompt_columns: Tensor,
@@ -293,12 +295,14 @@ def attend_cached(
     """One query a row, `q` [B, Q, D], over the columns of its prompt and then its own: [B, Q D].
 
     There may be more rows than `slot` has, which get 0. Row r has the prompt in slot `prompt[r]` of
-    `prompts`, of `prompt_columns[prompt[r]]` columns, and `own_columns[r]` in slot `slot[r]` of `own`.
+    `prompts`, of `prompt_columns[prompt[r]]` columns, and `own_columns[r]` in slot `slot[r]` of `own`, in the
+    last of which its key and value are put first; `k` and `v` [B, K, D].
     """
-    out, sums = torch.zeros_like(q), torch.empty(q.shape)
+    out, sums = torch.empty_like(q), torch.empty(q.shape)
+    out[len(slot) :] = 0
     call(
         f"attend_cached_{SUFFIX[q.dtype]}",
-        *(len(slot), q.shape[1], own.keys.shape[1], q.shape[2], q),
+        *(len(slot), q.shape[1], own.keys.shape[1], q.shape[2], q, k, v.data_ptr(), v.stride(0)),
         *(prompts.keys, prompts.values, prompts.keys.shape[2], prompt, prompt_columns),
         *(own.keys, own.values, own.keys.shape[2], slot, own_columns, sums, out),
     )

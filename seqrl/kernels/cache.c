@@ -11,19 +11,24 @@ typedef struct {
     float scale;
 } Shape;
 
+/* A key and a value become column c of row `row`, of `blocks` of 16. */
+INLINE void put_column(int pairs, long size, long blocks, long row, long c, const uint32_t *key, const void *value,
+                       uint32_t *keys, void *values) {
+    long words = size >> pairs;
+    uint32_t *to = keys + (row * blocks + c / LANES) * words * LANES + c % LANES;
+    for (long d = 0; d < words; d++) to[d * LANES] = key[d];
+    memcpy((void *)at(pairs, values, (row * blocks * LANES + c) * size), value, 4 * words);
+}
+
 /* Puts the key and value of each token into column `column` of row `slot`. k [tokens, kv_heads, size]; a token's
    v starts every v_stride numbers. */
 INLINE void append(int pairs, long tokens, long kv_heads, long size, long blocks, const void *k, const void *v,
                    long v_stride, uint32_t *keys, void *values, const int64_t *slot, const int64_t *column) {
-    long words = size >> pairs;
 #pragma omp parallel for schedule(static) if (tokens * kv_heads * size > 16384)
     for (long t = 0; t < tokens; t++)
-        for (long h = 0; h < kv_heads; h++) {
-            long row = (slot[t] * kv_heads + h) * blocks, c = column[t];
-            const uint32_t *key = at(pairs, k, (t * kv_heads + h) * size);
-            for (long d = 0; d < words; d++) keys[((row + c / LANES) * words + d) * LANES + c % LANES] = key[d];
-            memcpy((void *)at(pairs, values, (row * LANES + c) * size), at(pairs, v, t * v_stride + h * size), 4 * words);
-        }
+        for (long h = 0; h < kv_heads; h++)
+            put_column(pairs, size, blocks, slot[t] * kv_heads + h, column[t], at(pairs, k, (t * kv_heads + h) * size),
+                       at(pairs, v, t * v_stride + h * size), keys, values);
 }
 
 /* Scores of 16 `blocks` keys for some heads of a group, [heads, KEYS]. */
@@ -91,13 +96,14 @@ INLINE void stretch(int pairs, int heads, Shape s, const uint32_t *q, const uint
 }
 
 /* One query a row, over the columns of its prompt and then its own. q, out: [rows, heads, size]; prompt p has
-   prompt_columns[p] columns in the prompts' cache, row r has own_columns[r] in slot own[r] of the other.
+   prompt_columns[p] columns in the prompts' cache, row r has own_columns[r] in slot own[r] of the other. k and v, as
+   in `append`, are first put into the last of these, whose neighbours are read then anyway.
    Rows of one prompt side by side find it in the processor's cache. */
-INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, const uint32_t *q,
-                   const uint32_t *prompt_keys, const void *prompt_values, long prompt_blocks,
-                   const int64_t *prompt, const int64_t *prompt_columns, const uint32_t *own_keys,
-                   const void *own_values, long own_blocks, const int64_t *own, const int64_t *own_columns,
-                   float *sums, void *out) {
+INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, const uint32_t *q, const void *k,
+                   const void *v, long v_stride, const uint32_t *prompt_keys, const void *prompt_values,
+                   long prompt_blocks, const int64_t *prompt, const int64_t *prompt_columns, uint32_t *own_keys,
+                   void *own_values, long own_blocks, const int64_t *own, const int64_t *own_columns, float *sums,
+                   void *out) {
     long tasks = rows * kv_heads, chunk = tasks < 256 ? 1 : 16;
 #pragma omp parallel for schedule(dynamic, chunk)
     for (long task = 0; task < tasks; task++) {
@@ -111,12 +117,14 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
         if (task + 1 < tasks) {
             long next = (task + 1) / kv_heads;
             long column = (own[next] * kv_heads + (task + 1) % kv_heads) * own_blocks * LANES;
-            const uint32_t *k = own_keys + column * s.words, *v = at(pairs, own_values, column * s.size);
+            const uint32_t *keys = own_keys + column * s.words, *values = at(pairs, own_values, column * s.size);
             for (long i = 0; i < own_columns[next] * s.words; i += LANES) {
-                __builtin_prefetch(k + i, 0, 2);
-                __builtin_prefetch(v + i, 0, 2);
+                __builtin_prefetch(keys + i, 0, 2);
+                __builtin_prefetch(values + i, 0, 2);
             }
         }
+        put_column(pairs, s.size, own_blocks, own[r] * kv_heads + task % kv_heads, own_columns[r] - 1,
+                   at(pairs, k, task * s.size), at(pairs, v, r * v_stride + task % kv_heads * s.size), own_keys, own_values);
         for (long h = 0; h < s.group; h += 2) {
             float most[2] = {-3e38f, -3e38f}, total[2] = {0};
             float *mine = sums + (first + h) * s.size;
@@ -145,19 +153,19 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
         else                                                                                                       \
             append(pairs, tokens, kv_heads, size, blocks, k, v, v_stride, keys, values, slot, column);                 \
     }                                                                                                              \
-    void attend_cached_##type(long rows, long heads, long kv_heads, long size, const void *q,                      \
-                              const uint32_t *prompt_keys, const void *prompt_values, long prompt_blocks,      \
-                              const int64_t *prompt, const int64_t *prompt_columns, const uint32_t *own_keys,      \
-                              const void *own_values, long own_blocks, const int64_t *own,                     \
-                              const int64_t *own_columns, float *sums, void *out) {                                \
-        Shape s = {heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};                              \
-        if (pairs && tiles_here()) {                                                                               \
-            attend_cached_tiles(rows, heads, kv_heads, size, q, prompt_keys, prompt_values, prompt_blocks, prompt, \
-                                prompt_columns, own_keys, own_values, own_blocks, own, own_columns, out);          \
-            return;                                                                                                \
-        }                                                                                                          \
-        attend(pairs, rows, heads, kv_heads, s, q, prompt_keys, prompt_values, prompt_blocks, prompt,              \
-               prompt_columns, own_keys, own_values, own_blocks, own, own_columns, sums, out);                     \
+    void attend_cached_##type(long rows, long heads, long kv_heads, long size, const void *q, const void *k,           \
+                              const void *v, long v_stride, const uint32_t *prompt_keys, const void *prompt_values,    \
+                              long prompt_blocks, const int64_t *prompt, const int64_t *prompt_columns,                \
+                              uint32_t *own_keys, void *own_values, long own_blocks, const int64_t *own,               \
+                              const int64_t *own_columns, float *sums, void *out) {                                    \
+        Shape s = {heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};                                  \
+        if (pairs && tiles_here())                                                                                     \
+            attend_cached_tiles(rows, heads, kv_heads, size, q, k, v, v_stride, prompt_keys, prompt_values,            \
+                                prompt_blocks, prompt, prompt_columns, own_keys, own_values, own_blocks, own,          \
+                                own_columns, out);                                                                     \
+        else                                                                                                           \
+            attend(pairs, rows, heads, kv_heads, s, q, k, v, v_stride, prompt_keys, prompt_values, prompt_blocks,      \
+                   prompt, prompt_columns, own_keys, own_values, own_blocks, own, own_columns, sums, out);             \
     }
 
 OF_TYPE(f32, 0)

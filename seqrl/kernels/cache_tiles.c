@@ -4,39 +4,59 @@
 #include "cache.h"
 #include "tiles.h"
 
+#define NEAR 256 /* columns that are asked for before they are read */
+
 #ifndef __AMX_BF16__
 
 void append_tiles(long tokens, long kv_heads, long size, long blocks, const bf16 *k, const bf16 *v, long v_stride,
                   uint32_t *keys, bf16 *values, const int64_t *slot, const int64_t *column) {}
-void attend_cached_tiles(long rows, long heads, long kv_heads, long size, const bf16 *q, const uint32_t *prompt_keys,
-                         const bf16 *prompt_values, long prompt_blocks, const int64_t *prompt,
-                         const int64_t *prompt_columns, const uint32_t *own_keys, const bf16 *own_values,
+void attend_cached_tiles(long rows, long heads, long kv_heads, long size, const bf16 *q, const bf16 *k, const bf16 *v,
+                         long v_stride, const uint32_t *prompt_keys, const bf16 *prompt_values, long prompt_blocks,
+                         const int64_t *prompt, const int64_t *prompt_columns, uint32_t *own_keys, bf16 *own_values,
                          long own_blocks, const int64_t *own, const int64_t *own_columns, bf16 *out) {}
 
 #else
+
+/* What a row has of one head. */
+typedef struct {
+    uint32_t *keys;
+    bf16 *values;
+} Head;
+
+INLINE Head head_at(uint32_t *keys, bf16 *values, long size, long blocks, long row) {
+    return (Head){keys + row * blocks * LANES * size / 2, values + row * blocks * LANES * size};
+}
+
+/* Before the first column of a step: what is not there yet weighs nothing, but is multiplied all the same, so it has
+   to be a number. */
+INLINE void begin_step(Head of, long size, long c) {
+    if (c % STEP_NUMBERS == 0) memset(of.values + c * size, 0, STEP_NUMBERS * size * 2);
+}
+
+/* A key and a value become column c. */
+INLINE void put_column(Head of, long size, const bf16 *k, const bf16 *v, long c) {
+    const uint32_t *key = (const uint32_t *)k;
+    uint32_t *keys = of.keys + c / LANES * (size / 2) * LANES + c % LANES;
+    long within = c % STEP_NUMBERS;
+    bf16 *values = of.values + (c - within) * size + within / 2 * STEP_NUMBERS + within % 2;
+    for (long d = 0; d < size / 2; d++) keys[d * LANES] = key[d];
+    for (long d = 0; d < size; d++) values[d / LANES * 2 * TILE + d % LANES * 2] = v[d];
+}
 
 /* `blocks` of 16 columns are an even number. */
 void append_tiles(long tokens, long kv_heads, long size, long blocks, const bf16 *k, const bf16 *v, long v_stride,
                   uint32_t *keys, bf16 *values, const int64_t *slot, const int64_t *column) {
 #pragma omp parallel if (tokens * kv_heads * size > 16384)
     {
-        /* What is not there yet weighs nothing, but is multiplied all the same: it has to be a number. */
 #pragma omp for schedule(static)
         for (long t = 0; t < tokens; t++)
-            for (long h = 0; h < kv_heads && column[t] % STEP_NUMBERS == 0; h++) {
-                long at = (slot[t] * kv_heads + h) * blocks * LANES + column[t];
-                memset(values + at * size, 0, STEP_NUMBERS * size * 2);
-            }
+            for (long h = 0; h < kv_heads; h++)
+                begin_step(head_at(keys, values, size, blocks, slot[t] * kv_heads + h), size, column[t]);
 #pragma omp for schedule(static)
         for (long t = 0; t < tokens; t++)
-            for (long h = 0; h < kv_heads; h++) {
-                long row = (slot[t] * kv_heads + h) * blocks, c = column[t], within = c % STEP_NUMBERS;
-                const uint32_t *key = (const uint32_t *)(k + (t * kv_heads + h) * size);
-                const bf16 *value = v + t * v_stride + h * size;
-                bf16 *to = values + (row * LANES + c - within) * size + within / 2 * STEP_NUMBERS + within % 2;
-                for (long d = 0; d < size / 2; d++) keys[((row + c / LANES) * (size / 2) + d) * LANES + c % LANES] = key[d];
-                for (long d = 0; d < size; d++) to[d / LANES * 2 * TILE + d % LANES * 2] = value[d];
-            }
+            for (long h = 0; h < kv_heads; h++)
+                put_column(head_at(keys, values, size, blocks, slot[t] * kv_heads + h), size,
+                           k + (t * kv_heads + h) * size, v + t * v_stride + h * size, column[t]);
     }
 }
 
@@ -116,8 +136,18 @@ INLINE void add_values(const Asking *a, const Stretch *s, long start, long n, bf
     }
 }
 
-/* Stretches side by side: what waits for one goes on with another meanwhile. */
-static void see(Asking *a, const Stretch *stretches, long count) {
+/* What is about to be read comes nearer, as far as there is room for it. */
+INLINE void ask_for_keys(const Stretch *s, long size) {
+    for (long i = 0; i < least(s->columns, NEAR) * size / 2; i += LANES) __builtin_prefetch(s->keys + i, 0, 2);
+}
+
+INLINE void ask_for_values(const Stretch *s, long size) {
+    for (long i = 0; i < least(s->columns, NEAR) * size; i += 2 * LANES) __builtin_prefetch(s->values + i, 0, 2);
+}
+
+/* Stretches side by side: what waits for one goes on with another meanwhile, and `ahead`, as many as come next,
+   are asked for. */
+static void see(Asking *a, const Stretch *stretches, long count, const Stretch *ahead, long next) {
     float scores[LANES][KEYS] __attribute__((aligned(64)));
     bf16 weights[LANES][KEYS] __attribute__((aligned(64)));
     long longest = 0;
@@ -125,14 +155,20 @@ static void see(Asking *a, const Stretch *stretches, long count) {
         if (s->columns > longest) longest = s->columns;
     for (long start = 0; start < longest; start += KEYS) {
         tiles_read_memory();
-        for (const Stretch *s = stretches; s < stretches + count; s++)
+        for (long i = 0; i < count; i++) {
+            const Stretch *s = stretches + i;
             if (s->columns > start) ask(a, s, start, least(s->columns - start, KEYS), scores);
+            if (!start && i < next) ask_for_keys(ahead + i, a->size);
+        }
         for (const Stretch *s = stretches; s < stretches + count; s++)
             for (long h = s->first; h < s->first + s->count && s->columns > start; h++)
                 weigh(a, h, least(s->columns - start, KEYS), scores[h], weights[h]);
         tiles_read_memory();
-        for (const Stretch *s = stretches; s < stretches + count; s++)
+        for (long i = 0; i < count; i++) {
+            const Stretch *s = stretches + i;
             if (s->columns > start) add_values(a, s, start, least(s->columns - start, KEYS), weights);
+            if (!start && i < next) ask_for_values(ahead + i, a->size);
+        }
     }
 }
 
@@ -141,19 +177,29 @@ typedef struct {
     long first, count;
 } Run;
 
-/* What is about to be read comes nearer. */
-INLINE void ask_for(const Stretch *s, long size) {
-    for (long i = 0; i < s->columns * size / 2; i += LANES) {
-        __builtin_prefetch(s->keys + i, 0, 2);
-        __builtin_prefetch((const uint32_t *)s->values + i, 0, 2);
+/* The rows' own cache. */
+typedef struct {
+    long kv_heads, size, blocks;
+    uint32_t *keys;
+    bf16 *values;
+    const int64_t *slot, *columns;
+} Own;
+
+/* What key head `head` of a run's rows has there. */
+INLINE void own_stretches(Run run, long head, const Own *own, Stretch *to) {
+    for (long i = 0; i < run.count; i++) {
+        long row = own->slot[run.first + i] * own->kv_heads + head;
+        Head of = head_at(own->keys, own->values, own->size, own->blocks, row);
+        to[i] = (Stretch){.columns = own->columns[run.first + i], .keys = of.keys, .values = of.values};
     }
 }
 
-void attend_cached_tiles(long rows, long heads, long kv_heads, long size, const bf16 *q, const uint32_t *prompt_keys,
-                         const bf16 *prompt_values, long prompt_blocks, const int64_t *prompt,
-                         const int64_t *prompt_columns, const uint32_t *own_keys, const bf16 *own_values,
+void attend_cached_tiles(long rows, long heads, long kv_heads, long size, const bf16 *q, const bf16 *k, const bf16 *v,
+                         long v_stride, const uint32_t *prompt_keys, const bf16 *prompt_values, long prompt_blocks,
+                         const int64_t *prompt, const int64_t *prompt_columns, uint32_t *own_keys, bf16 *own_values,
                          long own_blocks, const int64_t *own, const int64_t *own_columns, bf16 *out) {
-    long group = heads / kv_heads, chunks = pieces(group, LANES), most = LANES / least(group, LANES), runs = 0;
+    long group = heads / kv_heads, most = LANES / least(group, LANES), runs = 0, taken = 0;
+    Own of_rows = {kv_heads, size, own_blocks, own_keys, own_values, own, own_columns};
     Run run[rows + 1];
     for (long r = 0; r < rows; r++) {
         Run *last = run + runs - 1;
@@ -164,33 +210,45 @@ void attend_cached_tiles(long rows, long heads, long kv_heads, long size, const 
     {
         bf16 queries[LANES * size] __attribute__((aligned(64)));
         float sums[LANES * size] __attribute__((aligned(64)));
-        long shape = 0;
-#pragma omp for schedule(dynamic, 1)
-        for (long t = 0; t < runs * kv_heads * chunks; t++) {
-            Run now = run[t / chunks / kv_heads];
-            long head = t / chunks % kv_heads, first = head * group + t % chunks * LANES;
-            long these = least((head + 1) * group - first, LANES), all = now.count * these;
-            Asking a = {size, 1.0f / sqrtf((float)size), queries, .out = sums};
-            Stretch own_stretch[LANES];
-            memset(sums, 0, all * size * 4);
-            for (long i = 0; i < all; i++) {
-                memcpy(queries + i * size, q + ((now.first + i / these) * heads + first + i % these) * size, size * 2);
-                a.most[i] = -3e38f, a.total[i] = 0;
+        Stretch stretches[2][LANES], *mine = stretches[0], *ahead = stretches[1]; /* of this task and the next */
+        long shape = 0, t, next;
+#pragma omp atomic capture
+        t = taken++;
+        if (t < runs * kv_heads) own_stretches(run[t / kv_heads], t % kv_heads, &of_rows, mine);
+        for (; t < runs * kv_heads; t = next) {
+            Run now = run[t / kv_heads], then = {0};
+            long head = t % kv_heads, p = prompt[now.first];
+#pragma omp atomic capture
+            next = taken++;
+            if (next < runs * kv_heads) then = run[next / kv_heads];
+            own_stretches(then, next % kv_heads, &of_rows, ahead);
+            for (long r = now.first; r < now.first + now.count; r++) {
+                Head of = head_at(own_keys, own_values, size, own_blocks, own[r] * kv_heads + head);
+                begin_step(of, size, own_columns[r] - 1);
+                put_column(of, size, k + (r * kv_heads + head) * size, v + r * v_stride + head * size, own_columns[r] - 1);
             }
-            for (long i = 0; i < now.count; i++) {
-                long r = now.first + i, at = (own[r] * kv_heads + head) * own_blocks * LANES;
-                own_stretch[i] = (Stretch){i * these, these, own_columns[r], own_keys + at * size / 2, own_values + at * size};
-                ask_for(own_stretch + i, size);
+            for (long first = head * group; first < (head + 1) * group; first += LANES) {
+                long these = least((head + 1) * group - first, LANES), all = now.count * these;
+                long at = (p * kv_heads + head) * prompt_blocks * LANES;
+                Stretch shared = {0, all, prompt_columns[p], prompt_keys + at * size / 2, prompt_values + at * size};
+                Asking a = {size, 1.0f / sqrtf((float)size), queries, .out = sums};
+                memset(sums, 0, all * size * 4);
+                for (long i = 0; i < all; i++) {
+                    memcpy(queries + i * size, q + ((now.first + i / these) * heads + first + i % these) * size, size * 2);
+                    a.most[i] = -3e38f, a.total[i] = 0;
+                }
+                for (long i = 0; i < now.count; i++) mine[i].first = i * these, mine[i].count = these;
+                if (shape != all) tiles_of(shape = all);
+                see(&a, &shared, 1, NULL, 0);
+                if (shape != these) tiles_of(shape = these);
+                see(&a, mine, now.count, ahead, first == head * group ? then.count : 0);
+                for (long i = 0; i < all; i++)
+                    for (long d = 0; d < size; d += LANES)
+                        store_bf16(out + ((now.first + i / these) * heads + first + i % these) * size + d,
+                                   load_f32(sums + i * size + d) / a.total[i]);
             }
-            long p = prompt[now.first], at = (p * kv_heads + head) * prompt_blocks * LANES;
-            if (shape != all) tiles_of(shape = all);
-            see(&a, &(Stretch){0, all, prompt_columns[p], prompt_keys + at * size / 2, prompt_values + at * size}, 1);
-            if (shape != these) tiles_of(shape = these);
-            see(&a, own_stretch, now.count);
-            for (long i = 0; i < all; i++)
-                for (long d = 0; d < size; d += LANES)
-                    store_bf16(out + ((now.first + i / these) * heads + first + i % these) * size + d,
-                               load_f32(sums + i * size + d) / a.total[i]);
+            Stretch *last = mine;
+            mine = ahead, ahead = last;
         }
         tiles_off();
     }

@@ -119,7 +119,7 @@ int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, 
     long count, steps = pieces(ins, STEP_NUMBERS), stride = steps * 64, out_blocks = pieces(outs, LANES);
     Chunk *tasks = chunks(matrices, ends ? ends : &all, CHUNK, &count);
     if (!tasks) return 1;
-    long wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count + 1), strip = pieces(pieces(outs, wanted), PANEL);
+    long wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count ? count : 1), strip = pieces(pieces(outs, wanted), PANEL);
     strip = PANEL * least(strip, NEAR / (stride * PANEL) + 1);
     int failed = 0;
 #pragma omp parallel

@@ -192,11 +192,8 @@ class CachedDecoder(SteppingDecoder):
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             q, k, v = turned(qkv, positions, self.weights.turn, layer.q_norm, layer.k_norm)
-            own = self.own[index]
-            own.append(k, v, self.slot, self.columns)
-            return attend_cached(
-                q, self.prompts[index], self.prompt, self.prompt_columns, own, self.slot, columns
-            )
+            prompts = self.prompts[index], self.prompt, self.prompt_columns
+            return attend_cached(q, k, v, *prompts, self.own[index], self.slot, columns)
 
         logits = self.weights.lm_head(hidden_states(self.weights, tokens, attention))[:rows]
         self.columns = columns

@@ -37,11 +37,13 @@ def test_one_query_over_prompt_and_own_columns(
 ) -> None:
     prompt_columns, own_columns = [1, 15, 16, 17, 100], [1, 16, 33, 2, 31, 7, 40]
     prompts, prompt_keys, prompt_values = filled(prompt_columns, 100, kv_heads, size, dtype, 1)
-    own, own_keys, own_values = filled(own_columns, 40, kv_heads, size, dtype, 3)
+    own, own_keys, own_values = filled([n - 1 for n in own_columns], 40, kv_heads, size, dtype, 3)
     prompt, slot = torch.tensor([4, 4, 0, 1, 2, 3]), torch.tensor([6, 0, 1, 5, 3, 2])  # slot 4 is free
     q = random(len(slot), heads, size, seed=5)
     counts = torch.tensor(own_columns)[slot]
-    out = attend_cached(q.to(dtype), prompts, prompt, torch.tensor(prompt_columns), own, slot, counts)
+    newest = own_keys[slot, counts - 1].to(dtype), own_values.to(dtype)[slot, counts - 1]
+    of_prompts = prompts, prompt, torch.tensor(prompt_columns)
+    out = attend_cached(q.to(dtype), *newest, *of_prompts, own, slot, counts)
     assert out.dtype == dtype
 
     def exact(row: int) -> Tensor:
@@ -69,17 +71,34 @@ def test_append_writes_one_column_and_no_other() -> None:
     assert changed[1, :, 17].all() and changed.sum() == 2 * 32
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_attention_puts_the_newest_column_where_append_does(dtype: torch.dtype) -> None:
+    """At the start of a step of columns, too, where all that follows is no number."""
+    columns = [0, 15, 16, 31, 32, 33, 3]
+    (own, _, _), (other, _, _) = (filled(columns, 40, 2, 32, dtype, 1) for _ in range(2))
+    prompts, _, _ = filled([5], 16, 2, 32, dtype, 7)
+    k, rows, slot = random(7, 2, 32, seed=2).to(dtype), random(7, 6, 32, seed=3).to(dtype), torch.arange(7)
+    q, counts = random(7, 4, 32, seed=4).to(dtype), torch.tensor(columns) + 1
+    attend_cached(q, k, rows[:, 4:], prompts, 0 * slot, torch.tensor([5]), own, slot, counts)
+    other.append(k, rows[:, 4:], slot, counts - 1)
+    for mine, theirs in ((own.keys, other.keys), (own.values, other.values)):
+        assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
 def test_rows_without_a_place_write_nothing_and_get_nothing() -> None:
     """A step may be filled up to a round number of rows."""
     cache, _, _ = filled([20, 3], 40, 2, 32, F32, 1)
+    prompts, _, _ = filled([20, 3], 40, 2, 32, F32, 4)
     before = cache.keys.clone()
     k, q, slot = random(6, 2, 32, seed=2), random(6, 4, 32, seed=3), torch.tensor([1, 0])
     cache.append(k, k, slot, torch.tensor([3, 20]))
     changed = (before != cache.keys) & ~(before.isnan() & cache.keys.isnan())
     assert changed.sum() == 2 * 2 * 32
-    columns = torch.tensor([4, 21])
-    out = attend_cached(q, cache, slot, torch.tensor([20, 3]), cache, slot, columns)
-    few = attend_cached(q[:2], cache, slot, torch.tensor([20, 3]), cache, slot, columns)
+    of_prompts, columns = (prompts, slot, torch.tensor([20, 3])), torch.tensor([5, 22])
+    out = attend_cached(q, k, k, *of_prompts, cache, slot, columns)
+    changed = (before != cache.keys) & ~(before.isnan() & cache.keys.isnan())
+    assert changed.sum() == 2 * 2 * 2 * 32
+    few = attend_cached(q[:2], k[:2], k[:2], *of_prompts, cache, slot, columns)
     assert out.shape == (6, 4 * 32)
     assert torch.equal(out[:2], few) and few.isfinite().all() and not out[2:].any()
 
@@ -87,8 +106,11 @@ def test_rows_without_a_place_write_nothing_and_get_nothing() -> None:
 def test_no_rows() -> None:
     cache, _, _ = filled([1], 16, 2, 32, F32, 1)
     none = torch.empty(0, dtype=torch.long)
-    cache.append(torch.empty(0, 2, 32), torch.empty(0, 2, 32), none, none)
-    out = attend_cached(torch.empty(0, 4, 32), cache, none, torch.tensor([1]), cache, none, none)
+    nothing = torch.empty(0, 2, 32)
+    cache.append(nothing, nothing, none, none)
+    out = attend_cached(
+        torch.empty(0, 4, 32), nothing, nothing, cache, none, torch.tensor([1]), cache, none, none
+    )
     assert out.shape == (0, 4 * 32)
     tokens, logprobs = draw(torch.empty(0, 61), 1.0, torch.empty(0, dtype=torch.float64))
     assert tokens.shape == logprobs.shape == (0,)
