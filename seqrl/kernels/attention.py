@@ -52,7 +52,8 @@ def turned(
 
     With a gradient where there is no C for it alone; where there is, `self_attention` has one.
     """
-    rows = qkv.view(len(qkv), turn.heads + 2 * turn.kv_heads, turn.size)
+    tokens = qkv.shape[0]
+    rows = qkv.view(tokens, turn.heads + 2 * turn.kv_heads, turn.size)
     v = rows[:, turn.heads + turn.kv_heads :]
     stream = qkv.dtype if q_weight is None else q_weight.dtype
     if qkv.is_cuda:
@@ -60,8 +61,8 @@ def turned(
     if not fits(stream, qkv.dtype, qkv.device, turn.size // 2):
         given = rows, positions, turn.heads, turn.kv_heads, turn.cos, turn.sin, q_weight, k_weight
         return *_turned_by_torch(*given, turn.eps), v
-    q = qkv.new_empty(len(qkv), turn.heads, turn.size)
-    k = qkv.new_empty(len(qkv), turn.kv_heads, turn.size)
+    q = qkv.new_empty(tokens, turn.heads, turn.size)
+    k = qkv.new_empty(tokens, turn.kv_heads, turn.size)
     call(*_turn_arguments("turn", qkv, positions, turn, q_weight, k_weight), q, k)
     return q, k, v
 
@@ -71,7 +72,7 @@ def _turn_arguments(
 ) -> tuple[Any, ...]:
     """What `turn` and its gradient in C both take, their name first."""
     stream = qkv.dtype if q_weight is None else q_weight.dtype
-    sizes = (len(qkv), turn.heads, turn.kv_heads, turn.size)
+    sizes = (qkv.shape[0], turn.heads, turn.kv_heads, turn.size)
     weights = (q_weight, k_weight, turn.eps)
     return f"{name}_{types_of(stream, qkv.dtype)}", *sizes, qkv, *weights, turn.cos, turn.sin, positions
 
@@ -298,11 +299,11 @@ def attend_cached(
     `prompts`, of `prompt_columns[prompt[r]]` columns, and `own_columns[r]` in slot `slot[r]` of `own`, in the
     last of which its key and value are put first; `k` and `v` [B, K, D].
     """
-    out, sums = torch.empty_like(q), torch.empty(q.shape)
-    out[len(slot) :] = 0
+    rows, out, sums = slot.shape[0], torch.empty_like(q), torch.empty(q.shape)
+    out[rows:] = 0
     call(
         f"attend_cached_{SUFFIX[q.dtype]}",
-        *(len(slot), q.shape[1], own.keys.shape[1], q.shape[2], q, k, v.data_ptr(), v.stride(0)),
+        *(rows, q.shape[1], own.keys.shape[1], q.shape[2], q, k, v.data_ptr(), v.stride(0)),
         *(prompts.keys, prompts.values, prompts.keys.shape[2], prompt, prompt_columns),
         *(own.keys, own.values, own.keys.shape[2], slot, own_columns, sums, out),
     )

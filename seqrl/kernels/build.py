@@ -31,7 +31,7 @@ FLAGS = (
 )
 _OF_ROWS = {
     "add_norm": "ll ppp f ppp",
-    "add_norm_backward": "ll ppppppp l",
+    "add_norm_backward": "ll pppppppp l",
     "turn": "llll ppp f ppppp",
     "turn_backward": "llll ppp f ppppppppp l",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,12 +18,16 @@ LANES = 16
 
 def fits(stream: torch.dtype, compute: torch.dtype, device: torch.device, *widths: int) -> bool:
     """Whether there is C for a residual stream and products of these types and rows of these widths."""
+    return _has_c(stream, compute, device, widths) and library() is not None
+
+
+@functools.cache  # a token step asks dozens of times
+def _has_c(stream: torch.dtype, compute: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> bool:
     return (
         device.type == "cpu"
         and compute in SUFFIX
         and stream in (torch.float32, compute)
         and all(width % LANES == 0 for width in widths)
-        and library() is not None
     )
 
 

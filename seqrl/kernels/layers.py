@@ -51,13 +51,16 @@ class _AddNorm(torch.autograd.Function):
             return found[0], found[1] if ctx.needs_input_grad[1] else None, found[2], None, None
         rows, width = out.shape
         dx, threads = torch.empty_like(out), torch.get_num_threads()
+        ddelta = None
+        if ctx.needs_input_grad[1]:
+            ddelta = dx if ctx.dtype == dx.dtype else torch.empty_like(dx, dtype=ctx.dtype)
         dweight = torch.zeros(threads, width)
         call(
             f"add_norm_backward_{types_of(out.dtype, ctx.dtype)}",
             *(rows, width, out, weight, rstd, dy.contiguous()),
-            *(None if carried is None else carried.contiguous(), dx, dweight, threads),
+            *(None if carried is None else carried.contiguous(), dx),
+            *(None if ddelta is dx else ddelta, dweight, threads),
         )
-        ddelta = dx.to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return dx, ddelta, dweight.sum(0).to(weight.dtype), None, None
 
 
@@ -127,9 +130,9 @@ def gated(gate_up: Tensor) -> Tensor:
 def _gated_without_gradient(gate_up: Tensor) -> Tensor:
     if gate_up.is_cuda:
         return _gated_by_torch(gate_up)
-    width = gate_up.shape[1] // 2
-    out = gate_up.new_empty(len(gate_up), width)
-    call(f"gate_{SUFFIX[gate_up.dtype]}", len(gate_up), width, gate_up, out)
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    call(f"gate_{SUFFIX[gate_up.dtype]}", rows, width, gate_up, out)
     return out
 
 

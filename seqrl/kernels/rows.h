@@ -27,10 +27,10 @@ void NAME(add_norm)(long rows, long width, const S *x, const C *delta, const S *
     }
 }
 
-/* Gradient of add_norm: dx = carried (of x_out from elsewhere, may be NULL) + that through y.
-   `dweight` [threads, width] float32, zeros, is added to, a row for each thread. */
+/* Gradient of add_norm: dx = carried (of x_out from elsewhere, may be NULL) + that through y, and the same as
+   ddelta, which may be NULL. `dweight` [threads, width] float32, zeros, is added to, a row for each thread. */
 void NAME(add_norm_backward)(long rows, long width, const S *x_out, const S *weight, const float *rstd,
-                             const C *dy, const S *carried, S *dx, float *dweight, long threads) {
+                             const C *dy, const S *carried, S *dx, C *ddelta, float *dweight, long threads) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (long t = 0; t < threads; t++) {
         float *dw = dweight + t * width;
@@ -50,6 +50,7 @@ void NAME(add_norm_backward)(long rows, long width, const S *x_out, const S *wei
                 vf d = (LOAD_C(dyr + i) * LOAD_S(weight + i) - normed * mean) * scale;
                 if (carried) d += LOAD_S(carried + r * width + i);
                 STORE_S(dx + r * width + i, d);
+                if (ddelta) STORE_C(ddelta + r * width + i, d);
             }
         }
     }

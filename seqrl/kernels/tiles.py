@@ -99,9 +99,10 @@ def add_gradient(grad: Tensor, x: Tensor, into: Tensor) -> None:
 def _product(
     x: Tensor, columns: Tensor, outs: int, bias: Tensor | None, token: Tensor | None, ends: Tensor | None
 ) -> Tensor:
-    y = x.new_empty(len(x if token is None else token), outs)
+    rows, ins = (x if token is None else token).shape[0], x.shape[1]
+    y = x.new_empty(rows, outs)
     bias = None if bias is None else bias.float()
-    sizes = _count(ends), len(y), x.shape[1], outs
+    sizes = _count(ends), rows, ins, outs
     call("tile_products", *sizes, x.contiguous(), token, columns, ends, bias, y)
     return y
 
