@@ -30,7 +30,7 @@ def filled(
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"), [(2, 2, 32), (4, 2, 64), (4, 1, 96), (8, 1, 128), (3, 1, 32)]
+    ("heads", "kv_heads", "size"), [(2, 2, 32), (4, 2, 64), (4, 1, 96), (8, 1, 128), (3, 1, 32), (20, 1, 32)]
 )
 def test_one_query_over_prompt_and_own_columns(
     threads: int, dtype: torch.dtype, heads: int, kv_heads: int, size: int
