@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator, Sequence
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 
 from seqrl.check_command import wrapped
@@ -117,9 +117,16 @@ def readers(key: str) -> list[str]:
         if name not in text or module.startswith(NOT_READERS):
             continue
         owners = {sections[-1], "config"} if section_class in text else {sections[-1]}
-        if any(_reads(node, name, owners, key) for node in ast.walk(ast.parse(text))):
+        if any(_reads(node, name, owners, key) for node in _nodes(path)):
             found.append(module)
     return found
+
+
+@cache
+def _nodes(path: Path) -> list[ast.AST]:
+    """Those of a module that may read a key."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node for node in nodes if isinstance(node, ast.Attribute | ast.Constant)]
 
 
 def _reads(node: ast.AST, name: str, owners: Collection[str], key: str) -> bool:

@@ -4,7 +4,7 @@
 #include "cache.h"
 #include "tiles.h"
 
-#define NEAR 256 /* columns that are asked for before they are read */
+#define AHEAD 256 /* columns that are asked for before they are read */
 
 #ifndef __AMX_BF16__
 
@@ -138,11 +138,11 @@ INLINE void add_values(const Asking *a, const Stretch *s, long start, long n, bf
 
 /* What is about to be read comes nearer, as far as there is room for it. */
 INLINE void ask_for_keys(const Stretch *s, long size) {
-    for (long i = 0; i < least(s->columns, NEAR) * size / 2; i += LANES) __builtin_prefetch(s->keys + i, 0, 2);
+    for (long i = 0; i < least(s->columns, AHEAD) * size / 2; i += LANES) __builtin_prefetch(s->keys + i, 0, 2);
 }
 
 INLINE void ask_for_values(const Stretch *s, long size) {
-    for (long i = 0; i < least(s->columns, NEAR) * size; i += 2 * LANES) __builtin_prefetch(s->values + i, 0, 2);
+    for (long i = 0; i < least(s->columns, AHEAD) * size; i += 2 * LANES) __builtin_prefetch(s->values + i, 0, 2);
 }
 
 /* Stretches side by side: what waits for one goes on with another meanwhile, and `ahead`, as many as come next,

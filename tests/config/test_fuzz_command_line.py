@@ -2,9 +2,8 @@
 
 500 command lines are drawn from real keys and misspelt ones, with all prefixes and values of right and of
 wrong types: 380 go through `seqrl check` whole, in this process, the others through `train`, `eval` and
-`explain`, which end before they need a model. Those are the numbers of `make fuzz`; `make test` takes a third
-of them. Composing a recipe takes half of the time and is the same for every draw that names it: it is done
-once.
+`explain`, which end before they need a model. Composing a recipe takes half of the time and is the same for
+every draw that names it: it is done once.
 """
 
 from __future__ import annotations
@@ -162,10 +161,7 @@ def is_named(line: str, arguments: list[str]) -> bool:
     return any(name in line for name in names(arguments)) or line.startswith(("unknown option", "no recipe"))
 
 
-PART = 1 if settings.get_current_profile_name() == "anew" else 3
-
-
-@settings(max_examples=380 // PART, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=380, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(command_line())
 def test_check(arguments: list[str]) -> None:
     arguments = [argument for argument in arguments if argument not in ("--help", "-h")]
@@ -180,7 +176,7 @@ def test_check(arguments: list[str]) -> None:
         assert is_named(line, [*arguments, *of_the_recipe]), line
 
 
-@settings(max_examples=60 // PART, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(command_line(), st.sampled_from(["train", "eval"]))
 def test_train_and_eval(arguments: list[str], command: str) -> None:
     """With no model and no data they end before they begin: always with code 2."""
@@ -195,7 +191,7 @@ def test_train_and_eval(arguments: list[str], command: str) -> None:
     assert code == 2 and errors
 
 
-@settings(max_examples=60 // PART, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(command_line())
 def test_explain(arguments: list[str]) -> None:
     code, out, errors = said(["explain", *arguments])

@@ -50,6 +50,16 @@ def test_linear(dtype: torch.dtype, rows: int, biased: bool) -> None:
         near([linear(*inputs), product(*inputs)], 2 * exact[:1], ERROR[dtype])
 
 
+@pytest.mark.parametrize("by_mkl", [True, False])
+def test_inputs_gradients_are_the_same_by_either_library(
+    by_mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever this processor's maker decides for."""
+    monkeypatch.setattr("seqrl.kernels.products._mkl_is_fast", lambda: by_mkl)
+    tensors = random(50, 48), random(35, 48, seed=1)
+    near(results(linear, *tensors), results(F.linear, *double(*tensors)), ERROR[F32])
+
+
 def test_linear_takes_no_gradient_that_nobody_wants() -> None:
     x, weight = random(3, 16).requires_grad_(), random(5, 16)
     linear(x, weight).sum().backward()
