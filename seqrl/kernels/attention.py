@@ -260,6 +260,11 @@ class Cache:
         )
 
     @property
+    def blocks(self) -> int:
+        """Of each row."""
+        return self.keys.shape[2]
+
+    @property
     def columns(self) -> int:
         """Of each row that there is room for."""
         return self.values.shape[2]
@@ -277,7 +282,7 @@ class Cache:
         (_, kv_heads, size), tokens = k.shape, len(slot)
         call(
             f"append_{SUFFIX[k.dtype]}",
-            *(tokens, kv_heads, size, self.keys.shape[2], k, v.data_ptr(), v.stride(0)),
+            *(tokens, kv_heads, size, self.blocks, k, v.data_ptr(), v.stride(0)),
             *(self.keys, self.values, slot, column),
         )
 
@@ -304,7 +309,7 @@ def attend_cached(
     call(
         f"attend_cached_{SUFFIX[q.dtype]}",
         *(rows, q.shape[1], own.keys.shape[1], q.shape[2], q, k, v.data_ptr(), v.stride(0)),
-        *(prompts.keys, prompts.values, prompts.keys.shape[2], prompt, prompt_columns),
-        *(own.keys, own.values, own.keys.shape[2], slot, own_columns, sums, out),
+        *(prompts.keys, prompts.values, prompts.blocks, prompt, prompt_columns),
+        *(own.keys, own.values, own.blocks, slot, own_columns, sums, out),
     )
     return out.flatten(1)

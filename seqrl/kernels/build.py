@@ -63,6 +63,7 @@ ARGUMENTS = {
     "tile_pack": "lll p lll pp",
     "tile_products": "llll pppppp",
     "tile_gradient": "llll pppp ll pp",
+    "decode_layers": "p l p",
 }
 """What each function takes, in order: l a long, f a float, p a pointer."""
 FAILING = (
@@ -73,6 +74,7 @@ FAILING = (
     "expert_backward",
     "tile_products",
     "tile_gradient",
+    "decode_layers",
 )
 """How the names of functions begin that need scratch memory, and give back 1 where there is none."""
 SWITCH = "SEQRL_KERNELS"

@@ -159,11 +159,13 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
                               uint32_t *own_keys, void *own_values, long own_blocks, const int64_t *own,               \
                               const int64_t *own_columns, float *sums, void *out) {                                    \
         Shape s = {heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};                                  \
-        if (pairs && tiles_here())                                                                                     \
-            attend_cached_tiles(rows, heads, kv_heads, size, q, k, v, v_stride, prompt_keys, prompt_values,            \
-                                prompt_blocks, prompt, prompt_columns, own_keys, own_values, own_blocks, own,          \
-                                own_columns, out);                                                                     \
-        else                                                                                                           \
+        if (pairs && tiles_here()) {                                                                                   \
+            Asked asked = {heads, q, k, v, v_stride, out};                                                             \
+            Cached prompts = {kv_heads, size, prompt_blocks, (uint32_t *)prompt_keys, (void *)prompt_values, prompt,   \
+                              prompt_columns};                                                                         \
+            Cached of_rows = {kv_heads, size, own_blocks, own_keys, own_values, own, own_columns};                     \
+            attend_cached_tiles(rows, &asked, &prompts, &of_rows);                                                     \
+        } else                                                                                                         \
             attend(pairs, rows, heads, kv_heads, s, q, k, v, v_stride, prompt_keys, prompt_values, prompt_blocks,      \
                    prompt, prompt_columns, own_keys, own_values, own_blocks, own, own_columns, sums, out);             \
     }

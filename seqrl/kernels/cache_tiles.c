@@ -10,10 +10,7 @@
 
 void append_tiles(long tokens, long kv_heads, long size, long blocks, const bf16 *k, const bf16 *v, long v_stride,
                   uint32_t *keys, bf16 *values, const int64_t *slot, const int64_t *column) {}
-void attend_cached_tiles(long rows, long heads, long kv_heads, long size, const bf16 *q, const bf16 *k, const bf16 *v,
-                         long v_stride, const uint32_t *prompt_keys, const bf16 *prompt_values, long prompt_blocks,
-                         const int64_t *prompt, const int64_t *prompt_columns, uint32_t *own_keys, bf16 *own_values,
-                         long own_blocks, const int64_t *own, const int64_t *own_columns, bf16 *out) {}
+void attend_cached_tiles(long rows, const Asked *asked, const Cached *prompts, const Cached *own) {}
 
 #else
 
@@ -38,9 +35,13 @@ INLINE void put_column(Head of, long size, const bf16 *k, const bf16 *v, long c)
     const uint32_t *key = (const uint32_t *)k;
     uint32_t *keys = of.keys + c / LANES * (size / 2) * LANES + c % LANES;
     long within = c % STEP_NUMBERS;
-    bf16 *values = of.values + (c - within) * size + within / 2 * STEP_NUMBERS + within % 2;
+    bf16 *values = of.values + (c - within) * size + within / 2 * STEP_NUMBERS;
+    __mmask32 mine = 0x55555555u << within % 2; /* every other number of a line */
     for (long d = 0; d < size / 2; d++) keys[d * LANES] = key[d];
-    for (long d = 0; d < size; d++) values[d / LANES * 2 * TILE + d % LANES * 2] = v[d];
+    for (long d = 0; d < size; d += LANES, values += 2 * TILE) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(v + d)));
+        _mm512_mask_storeu_epi16(values, mine, within % 2 ? _mm512_slli_epi32(wide, 16) : wide);
+    }
 }
 
 /* `blocks` of 16 columns are an even number. */
@@ -172,21 +173,8 @@ static void see(Asking *a, const Stretch *stretches, long count, const Stretch *
     }
 }
 
-/* Rows first .. + count, which share a prompt. */
-typedef struct {
-    long first, count;
-} Run;
-
-/* The rows' own cache. */
-typedef struct {
-    long kv_heads, size, blocks;
-    uint32_t *keys;
-    bf16 *values;
-    const int64_t *slot, *columns;
-} Own;
-
-/* What key head `head` of a run's rows has there. */
-INLINE void own_stretches(Run run, long head, const Own *own, Stretch *to) {
+/* What key head `head` of a run's rows has in their own cache. */
+INLINE void own_stretches(Run run, long head, const Cached *own, Stretch *to) {
     for (long i = 0; i < run.count; i++) {
         long row = own->slot[run.first + i] * own->kv_heads + head;
         Head of = head_at(own->keys, own->values, own->size, own->blocks, row);
@@ -194,64 +182,71 @@ INLINE void own_stretches(Run run, long head, const Own *own, Stretch *to) {
     }
 }
 
-void attend_cached_tiles(long rows, long heads, long kv_heads, long size, const bf16 *q, const bf16 *k, const bf16 *v,
-                         long v_stride, const uint32_t *prompt_keys, const bf16 *prompt_values, long prompt_blocks,
-                         const int64_t *prompt, const int64_t *prompt_columns, uint32_t *own_keys, bf16 *own_values,
-                         long own_blocks, const int64_t *own, const int64_t *own_columns, bf16 *out) {
-    long group = heads / kv_heads, most = LANES / least(group, LANES), runs = 0, taken = 0;
-    Own of_rows = {kv_heads, size, own_blocks, own_keys, own_values, own, own_columns};
-    Run run[rows + 1];
+long runs_of(long rows, long group, const int64_t *prompt, Run *runs) {
+    long count = 0, most = LANES / least(group, LANES);
     for (long r = 0; r < rows; r++) {
-        Run *last = run + runs - 1;
-        if (runs && last->count < most && prompt[last->first] == prompt[r]) last->count++;
-        else run[runs++] = (Run){r, 1};
+        Run *last = runs + count - 1;
+        if (count && last->count < most && prompt[last->first] == prompt[r]) last->count++;
+        else runs[count++] = (Run){r, 1};
     }
-#pragma omp parallel
-    {
-        bf16 queries[LANES * size] __attribute__((aligned(64)));
-        float sums[LANES * size] __attribute__((aligned(64)));
-        Stretch stretches[2][LANES], *mine = stretches[0], *ahead = stretches[1]; /* of this task and the next */
-        long shape = 0, t, next;
+    return count;
+}
+
+void team_attend(const Asked *asked, const Cached *prompts, const Cached *own, const Run *run, long runs, long *taken) {
+    long kv_heads = own->kv_heads, size = own->size, group = asked->heads / kv_heads;
+    bf16 queries[LANES * size] __attribute__((aligned(64)));
+    float sums[LANES * size] __attribute__((aligned(64)));
+    Stretch stretches[2][LANES], *mine = stretches[0], *ahead = stretches[1]; /* of this task and the next */
+    long shape = 0, t, next;
 #pragma omp atomic capture
-        t = taken++;
-        if (t < runs * kv_heads) own_stretches(run[t / kv_heads], t % kv_heads, &of_rows, mine);
-        for (; t < runs * kv_heads; t = next) {
-            Run now = run[t / kv_heads], then = {0};
-            long head = t % kv_heads, p = prompt[now.first];
+    t = (*taken)++;
+    if (t < runs * kv_heads) own_stretches(run[t / kv_heads], t % kv_heads, own, mine);
+    for (; t < runs * kv_heads; t = next) {
+        Run now = run[t / kv_heads], then = {0};
+        long head = t % kv_heads, p = prompts->slot[now.first];
 #pragma omp atomic capture
-            next = taken++;
-            if (next < runs * kv_heads) then = run[next / kv_heads];
-            own_stretches(then, next % kv_heads, &of_rows, ahead);
-            for (long r = now.first; r < now.first + now.count; r++) {
-                Head of = head_at(own_keys, own_values, size, own_blocks, own[r] * kv_heads + head);
-                begin_step(of, size, own_columns[r] - 1);
-                put_column(of, size, k + (r * kv_heads + head) * size, v + r * v_stride + head * size, own_columns[r] - 1);
-            }
-            for (long first = head * group; first < (head + 1) * group; first += LANES) {
-                long these = least((head + 1) * group - first, LANES), all = now.count * these;
-                long at = (p * kv_heads + head) * prompt_blocks * LANES;
-                Stretch shared = {0, all, prompt_columns[p], prompt_keys + at * size / 2, prompt_values + at * size};
-                Asking a = {size, 1.0f / sqrtf((float)size), queries, .out = sums};
-                memset(sums, 0, all * size * 4);
-                for (long i = 0; i < all; i++) {
-                    memcpy(queries + i * size, q + ((now.first + i / these) * heads + first + i % these) * size, size * 2);
-                    a.most[i] = -3e38f, a.total[i] = 0;
-                }
-                for (long i = 0; i < now.count; i++) mine[i].first = i * these, mine[i].count = these;
-                if (shape != all) tiles_of(shape = all);
-                see(&a, &shared, 1, NULL, 0);
-                if (shape != these) tiles_of(shape = these);
-                see(&a, mine, now.count, ahead, first == head * group ? then.count : 0);
-                for (long i = 0; i < all; i++)
-                    for (long d = 0; d < size; d += LANES)
-                        store_bf16(out + ((now.first + i / these) * heads + first + i % these) * size + d,
-                                   load_f32(sums + i * size + d) / a.total[i]);
-            }
-            Stretch *last = mine;
-            mine = ahead, ahead = last;
+        next = (*taken)++;
+        if (next < runs * kv_heads) then = run[next / kv_heads];
+        own_stretches(then, next % kv_heads, own, ahead);
+        for (long r = now.first; r < now.first + now.count; r++) {
+            Head of = head_at(own->keys, own->values, size, own->blocks, own->slot[r] * kv_heads + head);
+            const bf16 *k = asked->k + (r * kv_heads + head) * size, *v = asked->v + r * asked->v_stride + head * size;
+            begin_step(of, size, own->columns[r] - 1);
+            put_column(of, size, k, v, own->columns[r] - 1);
         }
-        tiles_off();
+        for (long first = head * group; first < (head + 1) * group; first += LANES) {
+            long these = least((head + 1) * group - first, LANES), all = now.count * these;
+            Head of = head_at(prompts->keys, prompts->values, size, prompts->blocks, p * kv_heads + head);
+            Stretch shared = {0, all, prompts->columns[p], of.keys, of.values};
+            Asking a = {size, 1.0f / sqrtf((float)size), queries, .out = sums};
+            memset(sums, 0, all * size * 4);
+            for (long i = 0; i < all; i++) {
+                long query = (now.first + i / these) * asked->heads + first + i % these;
+                memcpy(queries + i * size, asked->q + query * size, size * 2);
+                a.most[i] = -3e38f, a.total[i] = 0;
+            }
+            for (long i = 0; i < now.count; i++) mine[i].first = i * these, mine[i].count = these;
+            if (shape != all) tiles_of(shape = all);
+            see(&a, &shared, 1, NULL, 0);
+            if (shape != these) tiles_of(shape = these);
+            see(&a, mine, now.count, ahead, first == head * group ? then.count : 0);
+            for (long i = 0; i < all; i++) {
+                long query = (now.first + i / these) * asked->heads + first + i % these;
+                for (long d = 0; d < size; d += LANES)
+                    store_bf16(asked->out + query * size + d, load_f32(sums + i * size + d) / a.total[i]);
+            }
+        }
+        Stretch *last = mine;
+        mine = ahead, ahead = last;
     }
+    tiles_off();
+}
+
+void attend_cached_tiles(long rows, const Asked *asked, const Cached *prompts, const Cached *own) {
+    Run run[rows + 1];
+    long runs = runs_of(rows, asked->heads / own->kv_heads, prompts->slot, run), taken = 0;
+#pragma omp parallel
+    team_attend(asked, prompts, own, run, runs, &taken);
 }
 
 #endif

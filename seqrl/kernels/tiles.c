@@ -9,11 +9,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "chunks.h"
 #include "tiles.h"
 
 #define PANEL 32            /* rows, and columns, of a square of squares */
-#define CHUNK 256           /* rows of a task */
 #define NEAR (1 << 20)      /* bytes of columns that stay in the processor's second cache while rows pass */
 #define NEAR_STEPS 32       /* of a gradient's rows, likewise */
 #define TALL 512            /* rows and columns of a gradient that a task adds up, at most */
@@ -112,48 +110,51 @@ static const bf16 *panel(const bf16 *x, const int64_t *token, long r, long count
     return copy;
 }
 
+int team_products(const Product *p, const Chunk *tasks, long count) {
+    long steps = pieces(p->ins, STEP_NUMBERS), stride = steps * 64, out_blocks = pieces(p->outs, LANES);
+    long wanted = pieces(TASKS_PER_THREAD * omp_get_num_threads(), count ? count : 1);
+    long strip = PANEL * least(pieces(pieces(p->outs, wanted), PANEL), NEAR / (stride * PANEL) + 1);
+    bf16 *copy = aligned_alloc(64, PANEL * stride);
+    float sums[PANEL * PANEL] __attribute__((aligned(64)));
+    tiles_on();
+#pragma omp for schedule(dynamic, 1)
+    for (long t = 0; t < count * pieces(p->outs, strip); t++) {
+        if (!copy) continue;
+        Chunk c = tasks[t % count]; /* one after the other, so that columns stay near */
+        long from = t / count * strip, to = least(p->outs, from + strip);
+        const uint32_t *matrix = p->w + c.matrix * out_blocks * steps * TILE;
+        for (long r = c.first; r < c.end; r += PANEL) {
+            long have = least(c.end - r, PANEL);
+            const bf16 *upper = panel(p->x, p->token, r, have, p->ins, steps, copy), *lower = upper + LANES * stride / 2;
+            Soon soon = {.write_stride = p->outs * 2, .writes_a_step = pieces(have, steps), .read_stride = 64};
+            if (!p->token && r + 2 * PANEL <= c.end) soon.reads_a_step = pieces(PANEL, pieces(to - from, PANEL));
+            soon.read = (const char *)(p->x + (r + PANEL) * p->ins);
+            for (long column = from; column < to; column += PANEL, soon.read += steps * soon.reads_a_step * 64) {
+                const uint32_t *left = matrix + column / LANES * steps * TILE;
+                const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
+                soon.write = (char *)(p->y + r * p->outs + column);
+                if (have > LANES) square(0, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
+                else square(1, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
+                put_rows(sums, least(have, LANES), p->bias, column, p->outs, p->y + r * p->outs);
+                put_rows(sums + 2 * TILE, have - LANES, p->bias, column, p->outs, p->y + (r + LANES) * p->outs);
+            }
+        }
+    }
+    tiles_off();
+    free(copy);
+    return !copy;
+}
+
 /* y [rows, outs] = x w^T + bias, rounded once. Returns nonzero without memory. */
 int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
                   const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y) {
     const int64_t all = rows;
-    long count, steps = pieces(ins, STEP_NUMBERS), stride = steps * 64, out_blocks = pieces(outs, LANES);
-    Chunk *tasks = chunks(matrices, ends ? ends : &all, CHUNK, &count);
-    if (!tasks) return 1;
-    long wanted = pieces(TASKS_PER_THREAD * omp_get_max_threads(), count ? count : 1), strip = pieces(pieces(outs, wanted), PANEL);
-    strip = PANEL * least(strip, NEAR / (stride * PANEL) + 1);
-    int failed = 0;
-#pragma omp parallel
-    {
-        bf16 *copy = aligned_alloc(64, PANEL * stride);
-        float sums[PANEL * PANEL] __attribute__((aligned(64)));
-        if (!copy) failed = 1;
-        tiles_on();
-#pragma omp for schedule(dynamic, 1)
-        for (long t = 0; t < count * pieces(outs, strip); t++) {
-            if (!copy) continue;
-            Chunk c = tasks[t % count]; /* one after the other, so that columns stay near */
-            long from = t / count * strip, to = least(outs, from + strip);
-            const uint32_t *matrix = w + c.matrix * out_blocks * steps * TILE;
-            for (long r = c.first; r < c.end; r += PANEL) {
-                long have = least(c.end - r, PANEL);
-                const bf16 *upper = panel(x, token, r, have, ins, steps, copy), *lower = upper + LANES * stride / 2;
-                Soon soon = {.write_stride = outs * 2, .writes_a_step = pieces(have, steps), .read_stride = 64};
-                if (!token && r + 2 * PANEL <= c.end) soon.reads_a_step = pieces(PANEL, pieces(to - from, PANEL));
-                soon.read = (const char *)(x + (r + PANEL) * ins);
-                for (long column = from; column < to; column += PANEL, soon.read += steps * soon.reads_a_step * 64) {
-                    const uint32_t *left = matrix + column / LANES * steps * TILE;
-                    const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
-                    soon.write = (char *)(y + r * outs + column);
-                    if (have > LANES) square(0, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
-                    else square(1, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
-                    put_rows(sums, least(have, LANES), bias, column, outs, y + r * outs);
-                    put_rows(sums + 2 * TILE, have - LANES, bias, column, outs, y + (r + LANES) * outs);
-                }
-            }
-        }
-        tiles_off();
-        free(copy);
-    }
+    long count;
+    Chunk *tasks = chunks(matrices, ends ? ends : &all, TASK_ROWS, &count);
+    Product product = {ins, outs, x, token, w, bias, y};
+    int failed = !tasks;
+#pragma omp parallel if (!failed) reduction(| : failed)
+    if (tasks) failed |= team_products(&product, tasks, count);
     free(tasks);
     return failed;
 }

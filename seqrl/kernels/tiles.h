@@ -5,13 +5,29 @@
 #ifndef SEQRL_TILES_H
 #define SEQRL_TILES_H
 
+#include "chunks.h"
 #include "words.h"
 
 #define STEP_NUMBERS 32 /* numbers that a step adds up */
 #define TILE 256        /* words of a tile, sums of a square */
+#define TASK_ROWS 256   /* rows of a chunk, at most */
 
 /* Whether the processor has a matrix unit and the system lets this process have it. */
 int tiles_here(void);
+
+/* Rows times matrices, as in `tile_products`. */
+typedef struct {
+    long ins, outs;
+    const bf16 *x;
+    const int64_t *token;
+    const uint32_t *w;
+    const float *bias;
+    bf16 *y;
+} Product;
+
+/* Of `count` chunks of up to TASK_ROWS rows; all threads of a parallel region call it, and none is back before all is done.
+   Returns nonzero without memory. */
+int team_products(const Product *p, const Chunk *tasks, long count);
 
 #ifdef __AMX_BF16__
 

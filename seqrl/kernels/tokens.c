@@ -1,4 +1,5 @@
 /* Norms, rotary positions and gated layers in each type they are needed in, and the draw of a token. */
+#include "tokens.h"
 #include "vector.h"
 
 #define S float

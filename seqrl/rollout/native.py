@@ -20,6 +20,7 @@ from seqrl.native.forward import hidden_states
 from seqrl.native.weights import Copies, Layer, Weights, read_weights
 from seqrl.rollout.decoding import Decoder, DecodingEngine, SteppingDecoder
 from seqrl.rollout.graphs import Capture, CudaCapture
+from seqrl.rollout.layers import LayersInC
 from seqrl.rollout.paged import PagedDecoder, pages_are_fast
 from seqrl.types import Prompt, Rollout, SamplingParams
 
@@ -113,7 +114,7 @@ class CachedDecoder(SteppingDecoder):
     ) -> None:
         super().__init__(weights.embedding.device)
         self.weights = weights
-        self.new_tokens = new_tokens
+        self.capacity, self.new_tokens = rows, new_tokens
         places = min(prompts, rows + 1)  # those of the rows, and the latest
 
         def caches(slots: int, columns: int) -> list[Cache]:
@@ -127,6 +128,13 @@ class CachedDecoder(SteppingDecoder):
         self.latest: Latest | None = None
         self.prompt = self.slot = self.columns = torch.empty(0, dtype=torch.long)
         """[B]: where each row's prompt lies, where its own columns lie, and how many it has of these."""
+        self._layers_in_c = self._in_c()
+
+    def _in_c(self) -> LayersInC | None:
+        """For the caches as they are now."""
+        if not LayersInC.fit(self.weights):
+            return None
+        return LayersInC(self.weights, self.capacity, self.prompts, self.own)
 
     def admit(self, prompts: Sequence[tuple[int, ...]], copies: Sequence[int]) -> Tensor:
         """See `Decoder.admit`. A prompt whose responses do not all join at once is read once all the same."""
@@ -188,16 +196,24 @@ class CachedDecoder(SteppingDecoder):
         if int(columns.max()) > self.own[0].columns:
             for own in self.own:
                 own.grow(min(2 * own.columns, self.new_tokens))
-        tokens, positions = filled_up(tokens), filled_up(positions)
+            self._layers_in_c = self._in_c()
+        if self._layers_in_c is not None:
+            where = self.prompt, self.prompt_columns, self.slot, columns
+            hidden = self._layers_in_c(tokens, positions, *where)
+        else:
+            hidden = self._hidden(filled_up(tokens), filled_up(positions), columns)
+        self.columns = columns
+        return self.weights.lm_head(hidden)[:rows]
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
+        """The last hidden states, [T, H] of T rows, of which those beyond B are nobody's."""
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             q, k, v = turned(qkv, positions, self.weights.turn, layer.q_norm, layer.k_norm)
             prompts = self.prompts[index], self.prompt, self.prompt_columns
             return attend_cached(q, k, v, *prompts, self.own[index], self.slot, columns)
 
-        logits = self.weights.lm_head(hidden_states(self.weights, tokens, attention))[:rows]
-        self.columns = columns
-        return logits
+        return hidden_states(self.weights, tokens, attention)
 
     def keep(self, rows: Sequence[int]) -> None:
         """See `Decoder.keep`."""
