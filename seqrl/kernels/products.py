@@ -62,17 +62,21 @@ def laid_out(weight: Tensor | Tiles) -> Matrix:
     return weight
 
 
+_MANY = 4096
+"""Rows of which not even 1 in 64 is there for nobody."""
+
+
 def recurring(rows: int, device: torch.device) -> int:
     """At least `rows`, and hardly more: one of few numbers of rows that come again and again.
 
     On a CPU oneDNN compiles a kernel for each shape it meets, which takes milliseconds, as long as many a
-    product itself.
+    product itself; but not as long as 1 in 32 of many rows.
     """
     if device.type != "cpu":
         return rows
     if rows <= 8:
         return max(rows, 4)  # fewer rows are added up in another order
-    step = max(4, 2 ** (rows.bit_length() - 5))
+    step = max(4, 2 ** (rows.bit_length() - (5 if rows < _MANY else 7)))
     return -(-rows // step) * step
 
 

@@ -23,6 +23,7 @@ from seqrl.kernels import (
     product,
     turned,
 )
+from seqrl.kernels.products import recurring
 
 CPU = torch.device("cpu")
 EPS = 1e-2  # large enough to show
@@ -267,3 +268,11 @@ def test_nothing_to_do(in_c: bool) -> None:
     assert [tuple(t.shape) for t in turned_] == [(0, 1, 32)] * 3
     assert made.shape == (0, 16)
     assert x.grad.shape == (0, 16) and not weight.grad.any() and not wide.grad.any()
+
+
+def test_rows_that_recur() -> None:
+    for rows, most in ((range(9, 4096), 16), (range(4096, 20000), 64)):
+        filled = {n: recurring(n, CPU) for n in rows}
+        assert all(n <= made < n + max(4, -(-n // most) + 1) for n, made in filled.items())
+    assert len({recurring(n, CPU) for n in range(2048, 4096)}) <= 17
+    assert recurring(1001, torch.device("meta")) == 1001
