@@ -16,6 +16,7 @@ from seqrl.kernels.experts import (
     expert_products,
     expert_products_backward,
     laid_out_experts,
+    pairs_by_expert,
 )
 from seqrl.kernels.flash import FLASH_PAGE, attend_flat, attend_pages, has_pages, is_flash
 from seqrl.kernels.head import draw
@@ -74,6 +75,7 @@ __all__ = [
     "linear",
     "made",
     "matrix",
+    "pairs_by_expert",
     "product",
     "product_backward",
     "self_attention",

@@ -57,6 +57,7 @@ ARGUMENTS = {
         for types in ("f32_f32", "f32_bf16", "bf16_bf16")
     },
     **{f"{name}_{type_}": said for name, said in _OF_STORAGE.items() for type_ in ("f32", "bf16")},
+    "sort_pairs": "lll pppp",
     "expert_pack": "lll pp",
     "draw": "ll p f pp",
     "tiles_here": "",

@@ -141,6 +141,16 @@ INLINE int products_backward_w(int pairs, long experts, long ins, long outs, con
     return failed;
 }
 
+/* Sorts pairs of tokens with their experts, chosen [tokens, k], by expert: pair p comes to place[p], where `token` has the
+   token of p. Those of an expert stay in their order and end at ends[expert]. */
+void sort_pairs(long tokens, long k, long experts, const int64_t *chosen, int64_t *ends, int64_t *place, int64_t *token) {
+    long start = 0;
+    memset(ends, 0, sizeof(int64_t) * experts);
+    for (long p = 0; p < tokens * k; p++) ends[chosen[p]]++;
+    for (long e = 0; e < experts; e++) start += ends[e], ends[e] = start - ends[e];
+    for (long p = 0; p < tokens * k; p++) token[place[p] = ends[chosen[p]]++] = p / k;
+}
+
 /* w [matrices, outs, words] -> [matrices, outs / 16, words, 16], so that a vector has a word of 16 outputs. */
 void expert_pack(long matrices, long outs, long words, const uint32_t *w, uint32_t *packed) {
 #pragma omp parallel for schedule(static)

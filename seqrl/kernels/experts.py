@@ -14,6 +14,15 @@ from seqrl.kernels.call import LANES, SUFFIX, call, fits, words_of
 from seqrl.kernels.tiles import Tiles
 
 
+def pairs_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of tokens with the experts `chosen` [T, k] int64, sorted by expert and then by token: where
+    those of each expert end [E], the place of each pair [T, k], and the token in each place [P]. In C."""
+    chosen = chosen.contiguous()
+    ends, place, token = chosen.new_empty(experts), torch.empty_like(chosen), chosen.new_empty(chosen.numel())
+    call("sort_pairs", *chosen.shape, experts, chosen, ends, place, token)
+    return ends, place, token
+
+
 def combined(x: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
     """y[t] = sum over j of weights[t, j] x[place[t, j]]: `x` [P, H], `place` [T, k] a permutation of P,
     `weights` [T, k] float32 (None: ones) -> [T, H]. Without gradient."""

@@ -30,6 +30,7 @@ from seqrl.kernels import (
     gated,
     gated_backward,
     linear,
+    pairs_by_expert,
 )
 
 
@@ -61,15 +62,10 @@ class Experts(NamedTuple):
 
 def mixture(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Matrices, down: Matrices) -> Tensor:
     """The weighted sum [T, H] of what the experts `chosen` [T, k] say of `x` [T, H], in x's type."""
-    expert, order = chosen.flatten().sort(stable=True)  # [P], pairs by expert
-    experts = torch.arange(_count(gate_up), device=expert.device)
-    ends = torch.searchsorted(expert, experts, right=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    place, token = place.view_as(chosen), order // chosen.shape[1]
     if not in_c(gate_up, down):
         assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-        return _by_torch(x, token, place, order, weights, ends, gate_up, down)
+        return _by_torch(x, chosen, weights, gate_up, down)
+    ends, place, token = pairs_by_expert(chosen, _count(gate_up))
     if isinstance(gate_up, PackedExperts) or not (torch.is_grad_enabled() or current() is not None):
         inner = expert_products(x, token, gate_up, ends)
         return combined(expert_products(gated(inner), None, down, ends), place, weights.float())
@@ -90,16 +86,12 @@ def in_c(*matrices: Matrices) -> bool:
     return all(not isinstance(m, Tensor) or PackedExperts.fit(m) for m in matrices)
 
 
-def _by_torch(
-    x: Tensor,
-    token: Tensor,
-    place: Tensor,
-    order: Tensor,
-    weights: Tensor,
-    ends: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-) -> Tensor:
+def _by_torch(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    expert, order = chosen.flatten().sort(stable=True)  # [P], pairs by expert
+    ends = torch.searchsorted(expert, torch.arange(len(gate_up), device=expert.device), right=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    place, token = place.view_as(chosen), order // chosen.shape[1]
     # Grouped products want rows that begin at a multiple of 16 bytes.
     if x.is_cuda and all(w.shape[2] * w.element_size() % 16 == 0 for w in (gate_up, down)):
         said = _in_groups(_Taken.apply(x, token, place), ends, gate_up, down)

@@ -60,7 +60,7 @@ class LayersInC:
         self.weights, turn = weights, weights.turn
         layers = weights.layers
         hidden, inner = weights.embedding.shape[1], max(map(_width, layers))
-        width = turn.heads * turn.size, turn.kv_heads * turn.size
+        q_width, kv_width = turn.heads * turn.size, turn.kv_heads * turn.size
         self._kept: list[Tensor] = []
         """What the C reads and writes besides the weights and caches themselves."""
 
@@ -82,10 +82,10 @@ class LayersInC:
             own_blocks=own[0].blocks,
             normed=self._normed.data_ptr(),
             said=self._said.data_ptr(),
-            qkv=made(width[0] + 2 * width[1]).data_ptr(),
-            q=made(width[0]).data_ptr(),
-            k=made(width[1]).data_ptr(),
-            seen=made(width[0]).data_ptr(),
+            qkv=made(q_width + 2 * kv_width).data_ptr(),
+            q=made(q_width).data_ptr(),
+            k=made(kv_width).data_ptr(),
+            seen=made(q_width).data_ptr(),
             gated=made(2 * inner).data_ptr(),
             inner=made(inner).data_ptr(),
         )

@@ -20,6 +20,7 @@ from seqrl.kernels import (
     gated,
     gated_backward,
     linear,
+    pairs_by_expert,
     product,
     turned,
 )
@@ -276,3 +277,15 @@ def test_rows_that_recur() -> None:
         assert all(n <= made < n + max(4, -(-n // most) + 1) for n, made in filled.items())
     assert len({recurring(n, CPU) for n in range(2048, 4096)}) <= 17
     assert recurring(1001, torch.device("meta")) == 1001
+
+
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(0, 2, 4), (1, 1, 1), (7, 3, 5), (300, 8, 64)])
+def test_pairs_by_expert(tokens: int, k: int, experts: int) -> None:
+    if not fits(F32, F32, CPU):
+        pytest.skip("in C alone")
+    chosen = torch.rand(tokens, experts).argsort(1)[:, :k]
+    ends, place, token = pairs_by_expert(chosen, experts)
+    expert, order = chosen.flatten().sort(stable=True)
+    assert torch.equal(ends, torch.bincount(expert, minlength=experts).cumsum(0))
+    assert torch.equal(token, order // k)
+    assert torch.equal(place.flatten()[order], torch.arange(tokens * k))
