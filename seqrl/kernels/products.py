@@ -70,7 +70,7 @@ def recurring(rows: int, device: torch.device) -> int:
     """At least `rows`, and hardly more: one of few numbers of rows that come again and again.
 
     On a CPU oneDNN compiles a kernel for each shape it meets, which takes milliseconds, as long as many a
-    product itself; but not as long as 1 in 32 of many rows.
+    product itself; products with a sixteenth more of many rows take longer.
     """
     if device.type != "cpu":
         return rows

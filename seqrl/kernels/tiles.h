@@ -25,8 +25,8 @@ typedef struct {
     bf16 *y;
 } Product;
 
-/* Of `count` chunks of up to TASK_ROWS rows; all threads of a parallel region call it, and none is back before all is done.
-   Returns nonzero without memory. */
+/* Of `count` chunks of up to TASK_ROWS rows. All threads of a parallel region call it, and none is back before all is
+   done. Returns nonzero without memory. */
 int team_products(const Product *p, const Chunk *tasks, long count);
 
 #ifdef __AMX_BF16__
