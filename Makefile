@@ -22,7 +22,7 @@ train: setup
 
 # A process for each core, each with one thread; then what is timed, by itself.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not alone"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not slow"
 
 # The property tests again, on examples drawn anew.
