@@ -12,11 +12,12 @@
 #include "tiles.h"
 
 #define PANEL 32            /* rows, and columns, of a square of squares */
-#define NEAR (1 << 20)      /* bytes of columns that stay in the processor's second cache while rows pass */
-#define NEAR_STEPS 32       /* of a gradient's rows, likewise */
+#define NEAR_STEPS 16       /* of a panel of rows that stay in the processor's first cache while columns pass */
+#define NEAR (1 << 20)      /* bytes of columns that stay in its second cache while rows pass */
+#define BROAD 512           /* columns that a task adds up over stretches of steps, at most; rows are a chunk */
 #define TALL 512            /* rows and columns of a gradient that a task adds up, at most */
-#define WIDE 256
-#define TASKS_PER_THREAD 3L /* at least, where there is so much to share out */
+#define WIDE 512
+#define TASKS_PER_THREAD 2L /* at least, where there is so much to share out */
 
 #ifndef __AMX_BF16__
 
@@ -98,51 +99,72 @@ INLINE void put_rows(const float *sums, long count, const float *bias, long colu
     }
 }
 
-/* The rows r .. + count as a panel of 32, zeros behind them: where they lie, or a copy. */
-static const bf16 *panel(const bf16 *x, const int64_t *token, long r, long count, long ins, long steps, bf16 *copy) {
-    if (!token && count == PANEL && ins == steps * STEP_NUMBERS) return x + r * ins;
-    for (long i = 0; i < PANEL; i++)
-        for (long s = 0; s < steps; s++) {
-            long at = (token && i < count ? token[r + i] : r + i) * ins + s * STEP_NUMBERS;
-            __m512i row = words_of_row(0, x, at, i < count ? ins - s * STEP_NUMBERS : 0);
-            _mm512_storeu_si512(copy + (i * steps + s) * STEP_NUMBERS, row);
+/* Some steps of a panel of 32 rows, `stride` bytes apart, of which `count` from r on are there; the others are zeros. */
+typedef struct {
+    long r, count, step, steps, stride;
+    const bf16 *rows;
+} Part;
+
+/* The i-th part of a chunk: all its panels for one stretch of steps after the other. `copy` takes rows that do not lie
+   as they are wanted. */
+static Part part(const Product *p, Chunk c, long i, bf16 *copy) {
+    long panels = pieces(c.end - c.first, PANEL), steps = pieces(p->ins, STEP_NUMBERS);
+    long r = c.first + i % panels * PANEL, step = i / panels * NEAR_STEPS, number = step * STEP_NUMBERS;
+    Part a = {r, least(c.end - r, PANEL), step, least(steps - step, NEAR_STEPS), p->ins * 2, p->x + r * p->ins + number};
+    if (!p->token && a.count == PANEL && p->ins % STEP_NUMBERS == 0) return a;
+    for (long j = 0; j < PANEL; j++)
+        for (long s = 0; s < a.steps; s++) {
+            long row = p->token && j < a.count ? p->token[r + j] : r + j, at = number + s * STEP_NUMBERS;
+            __m512i numbers = words_of_row(0, p->x, row * p->ins + at, j < a.count ? p->ins - at : 0);
+            _mm512_storeu_si512(copy + (j * a.steps + s) * STEP_NUMBERS, numbers);
         }
-    return copy;
+    a.rows = copy, a.stride = a.steps * 64;
+    return a;
 }
 
 int team_products(const Product *p, const Chunk *tasks, long count) {
-    long steps = pieces(p->ins, STEP_NUMBERS), stride = steps * 64, out_blocks = pieces(p->outs, LANES);
+    long steps = pieces(p->ins, STEP_NUMBERS), out_blocks = pieces(p->outs, LANES), stretches = pieces(steps, NEAR_STEPS);
     long wanted = pieces(TASKS_PER_THREAD * omp_get_num_threads(), count ? count : 1);
-    long strip = PANEL * least(pieces(pieces(p->outs, wanted), PANEL), NEAR / (stride * PANEL) + 1);
-    bf16 *copy = aligned_alloc(64, PANEL * stride);
-    float sums[PANEL * PANEL] __attribute__((aligned(64)));
+    long most = stretches > 1 ? BROAD / PANEL : NEAR / (steps * 64 * PANEL) + 1;
+    long strip = PANEL * least(pieces(pieces(p->outs, wanted), PANEL), most);
+    long held = stretches > 1 ? TASK_ROWS / PANEL * (strip / PANEL) : 1; /* squares that are added to later */
+    float *sums = aligned_alloc(64, (held * 4 + NEAR_STEPS * 2) * TILE * 4);
+    bf16 *copy = (bf16 *)(sums + held * 4 * TILE);
     tiles_on();
 #pragma omp for schedule(dynamic, 1)
     for (long t = 0; t < count * pieces(p->outs, strip); t++) {
-        if (!copy) continue;
+        if (!sums) continue;
         Chunk c = tasks[t % count]; /* one after the other, so that columns stay near */
-        long from = t / count * strip, to = least(p->outs, from + strip);
+        long from = t / count * strip, to = least(p->outs, from + strip), squares = pieces(to - from, PANEL);
+        long panels = pieces(c.end - c.first, PANEL), rows_a_square = pieces(PANEL, squares);
         const uint32_t *matrix = p->w + c.matrix * out_blocks * steps * TILE;
-        for (long r = c.first; r < c.end; r += PANEL) {
-            long have = least(c.end - r, PANEL);
-            const bf16 *upper = panel(p->x, p->token, r, have, p->ins, steps, copy), *lower = upper + LANES * stride / 2;
-            Soon soon = {.write_stride = p->outs * 2, .writes_a_step = pieces(have, steps), .read_stride = 64};
-            if (!p->token && r + 2 * PANEL <= c.end) soon.reads_a_step = pieces(PANEL, pieces(to - from, PANEL));
-            soon.read = (const char *)(p->x + (r + PANEL) * p->ins);
-            for (long column = from; column < to; column += PANEL, soon.read += steps * soon.reads_a_step * 64) {
-                const uint32_t *left = matrix + column / LANES * steps * TILE;
+        for (long i = 0; i < panels * stretches; i++) {
+            Part a = part(p, c, i, copy);
+            const bf16 *upper = a.rows, *lower = upper + LANES * a.stride / 2;
+            bf16 *y = p->y + a.r * p->outs;
+            int last = a.step + a.steps == steps;
+            Soon soon = {.write_stride = p->outs * 2, .read_stride = p->ins * 2};
+            if (last) soon.writes_a_step = pieces(a.count, a.steps);
+            if (!p->token && i + 1 < panels * stretches) soon.reads = rows_a_square;
+            long next = (i + 1) / panels * NEAR_STEPS * STEP_NUMBERS;
+            soon.read = (const char *)(p->x + (c.first + (i + 1) % panels * PANEL) * p->ins + next);
+            for (long j = 0; j < squares; j++, soon.read += rows_a_square * soon.read_stride) {
+                long column = from + j * PANEL;
+                const uint32_t *left = matrix + (column / LANES * steps + a.step) * TILE;
                 const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
-                soon.write = (char *)(p->y + r * p->outs + column);
-                if (have > LANES) square(0, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
-                else square(1, upper, lower, stride, 64, left, right, steps, 0, sums, soon);
-                put_rows(sums, least(have, LANES), p->bias, column, p->outs, p->y + r * p->outs);
-                put_rows(sums + 2 * TILE, have - LANES, p->bias, column, p->outs, p->y + (r + LANES) * p->outs);
+                float *square_sums = stretches > 1 ? sums + (i % panels * squares + j) * 4 * TILE : sums;
+                soon.write = (const char *)(y + column);
+                if (a.count > LANES) square(0, upper, lower, a.stride, 64, left, right, a.steps, a.step > 0, square_sums, soon);
+                else square(1, upper, lower, a.stride, 64, left, right, a.steps, a.step > 0, square_sums, soon);
+                if (!last) continue;
+                put_rows(square_sums, least(a.count, LANES), p->bias, column, p->outs, y);
+                put_rows(square_sums + 2 * TILE, a.count - LANES, p->bias, column, p->outs, y + LANES * p->outs);
             }
         }
     }
     tiles_off();
-    free(copy);
-    return !copy;
+    free(sums);
+    return !sums;
 }
 
 /* y [rows, outs] = x w^T + bias, rounded once. Returns nonzero without memory. */
