@@ -285,7 +285,7 @@ INLINE int backward(int pairs, long sequences, Attention a, const int64_t *share
         Attention a = {heads, kv_heads, heads / kv_heads, size, v_stride, 1.0f / sqrtf((float)size), q, k, v};      \
         if (pairs && tiles_here())                                                                                  \
             return attend_backward_tiles(sequences, a, shared, shared_columns, own, own_columns, o, lse, dout,      \
-                                         delta, tokens, dq, dk, dv);                                                \
+                                         tokens, dq, dk, dv);                                                       \
         return backward(pairs, sequences, a, shared, shared_columns, own, own_columns, o, lse, dout, delta, tokens, \
                         dq, dk, dv);                                                                                \
     }

@@ -63,6 +63,6 @@ int attend_forward_tiles(long sequences, Attention a, const int64_t *shared, con
                          const int64_t *own, const int64_t *own_columns, bf16 *o, float *lse);
 int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, const int64_t *shared_columns,
                           const int64_t *own, const int64_t *own_columns, const bf16 *o, const float *lse,
-                          const bf16 *dout, float *delta, long tokens, float *dq, float *dk, float *dv);
+                          const bf16 *dout, long tokens, float *dq, float *dk, float *dv);
 
 #endif

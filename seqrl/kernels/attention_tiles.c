@@ -2,8 +2,8 @@
    added up with the numbers of a head as rows and the queries as columns. So a query's softmax lies within a lane.
 
    A task is some blocks of 16 queries of one key head, keys pass it by 64 at a time: what is laid out of them serves
-   all its blocks. The gradient computes each score once: a task adds up those of its keys for itself, and at the end
-   each key's are summed over the tasks that have seen it, always in the same order. */
+   all its blocks. The gradient computes each score once: a task adds up those of its keys for itself. It writes them
+   where it alone has its sequence's queries; others are summed over tasks at the end, always in the same order. */
 #include "attention.h"
 #include "tiles.h"
 
@@ -20,7 +20,7 @@ int attend_forward_tiles(long sequences, Attention a, const int64_t *shared, con
 }
 int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, const int64_t *shared_columns,
                           const int64_t *own, const int64_t *own_columns, const bf16 *o, const float *lse,
-                          const bf16 *dout, float *delta, long tokens, float *dq, float *dk, float *dv) {
+                          const bf16 *dout, long tokens, float *dq, float *dk, float *dv) {
     return 1;
 }
 
@@ -244,6 +244,12 @@ typedef struct {
     float *dq;          /* [size / 16, TILE], numbers by queries */
 } Source;
 
+static float product_of_rows(const bf16 *x, const bf16 *y, long size) {
+    vf dots = {0};
+    for (long d = 0; d < size; d += LANES) dots += load_bf16(x + d) * load_bf16(y + d);
+    return sum(dots);
+}
+
 /* Up to 64 keys as they are needed, and where their gradients are added up. */
 typedef struct {
     Rows keys, values;
@@ -282,17 +288,25 @@ static void weigh(const Attention *a, Source *b, const Seen *c, bf16 *weights, b
     add_weighted(c->numbers, pairs, steps, size, b->dq);
 }
 
-/* dv += weights^T dout, dk += of_scores^T q: of `steps` times 32 queries, whose pairs lie in [steps, size / 16, TILE]. */
+/* dv = weights^T dout, dk = of_scores^T q, or added to what is there where `add`: of `steps` times 32 queries, whose pairs
+   lie in [steps, size / 16, TILE]. */
 static void add_to_keys(const Seen *c, const bf16 *weights, const bf16 *of_scores, const uint32_t *q, const uint32_t *dout,
-                        long steps, long size) {
+                        long steps, int add, long size) {
     tiles_read_memory();
     for (long j = 0; j < c->count; j += LANES)
         for (long d = 0; d < size; d += 2 * LANES) {
             float *dk = c->dk + j * size + d * LANES, *dv = c->dv + j * size + d * LANES;
-            _tile_loadd(0, dv, 64);
-            _tile_loadd(1, dv + TILE, 64);
-            _tile_loadd(2, dk, 64);
-            _tile_loadd(3, dk + TILE, 64);
+            if (add) {
+                _tile_loadd(0, dv, 64);
+                _tile_loadd(1, dv + TILE, 64);
+                _tile_loadd(2, dk, 64);
+                _tile_loadd(3, dk + TILE, 64);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
             for (long s = 0; s < steps; s++) {
                 long of_queries = (s * size + d) / LANES * TILE;
                 _tile_loadd(4, weights + j * QUERIES + s * STEP_NUMBERS, QUERIES * 2);
@@ -327,12 +341,12 @@ static void pairs_of_blocks(const bf16 *x, const Source *one, const Source *two,
     }
 }
 
-/* Sums of gradients, keys by numbers, of the first `count` keys of a part: added to rows, `stride` apart. */
-static void add_part(const float *part, long count, long size, long stride, float scale, float *out) {
+/* Sums of gradients, keys by numbers, of the first `count` keys of a part: into rows `stride` apart, or added to them. */
+static void put_part(const float *part, long count, long size, long stride, float scale, int add, float *out) {
     for (long j = 0; j < count; j++, out += stride)
         for (long d = 0; d < size; d += LANES) {
-            const float *from = part + j / LANES * LANES * size + d * LANES + j % LANES * LANES;
-            store_f32(out + d, load_f32(out + d) + load_f32(from) * scale);
+            vf value = load_f32(part + j / LANES * LANES * size + d * LANES + j % LANES * LANES) * scale;
+            store_f32(out + d, add ? load_f32(out + d) + value : value);
         }
 }
 
@@ -340,44 +354,51 @@ static long keys_of(const Task *t, const Attention *a, const int64_t *own_column
     return least(own_columns[t->sequence], (t->end * LANES - 1) / a->group + 1);
 }
 
+/* Whether a task has all queries of its sequence and head. */
+static int is_whole(const Task *t, const Attention *a, const int64_t *own_columns) {
+    return t->first == 0 && t->end * LANES >= own_columns[t->sequence] * a->group;
+}
+
+/* Numbers of dk, or of dv, for so many keys. */
+static long room_of(long keys, long size) { return pieces(keys, LANES) * LANES * size; }
+
 int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, const int64_t *shared_columns,
                           const int64_t *own, const int64_t *own_columns, const bf16 *o, const float *lse,
-                          const bf16 *dout, float *delta, long tokens, float *dq, float *dk, float *dv) {
-    long count, most = 0, blocks = 0, size = a.size, stride = a.kv_heads * size;
+                          const bf16 *dout, long tokens, float *dq, float *dk, float *dv) {
+    long count, most = 0, numbers = 0, room_of_whole = 0, size = a.size, stride = a.kv_heads * size;
     Task *tasks = tasks_of(sequences, own_columns, &a, BACKWARD_BLOCKS, BACKWARD_TASKS, &count);
     long *owner = malloc(sizeof(long) * (tokens + 1)), *next = malloc(sizeof(long) * (sequences + 1));
     long *guests = malloc(sizeof(long) * (sequences + 1)), *first_task = malloc(sizeof(long) * (sequences * a.kv_heads + 1));
-    long *place = tasks ? malloc(sizeof(long) * (count + 1)) : NULL; /* of each task's part, blocks of 16 keys */
+    long *place = tasks ? malloc(sizeof(long) * (count + 1)) : NULL; /* of each task's part that is summed up at the end */
     int failed = !tasks || !owner || !next || !guests || !first_task || !place;
     if (!failed) {
         guests_of(sequences, shared, shared_columns, own, own_columns, tokens, owner, guests, next);
         for (long i = 0; i <= sequences * a.kv_heads; i++) first_task[i] = -1;
         for (long t = count; t-- > 0;) first_task[tasks[t].sequence * a.kv_heads + tasks[t].head] = t;
         for (long t = 0; t < count; t++) {
-            place[t] = blocks;
-            blocks += pieces(shared_columns[tasks[t].sequence], LANES) + pieces(keys_of(tasks + t, &a, own_columns), LANES);
+            long keys = keys_of(tasks + t, &a, own_columns), whole = is_whole(tasks + t, &a, own_columns);
+            place[t] = numbers;
+            numbers += 2 * room_of(shared_columns[tasks[t].sequence], size) + (whole ? 0 : 2 * room_of(keys, size));
+            if (whole && room_of(keys, size) > room_of_whole) room_of_whole = room_of(keys, size);
             if (tasks[t].end - tasks[t].first > most) most = tasks[t].end - tasks[t].first;
         }
     }
-    float *parts = failed ? NULL : aligned_alloc(64, blocks * LANES * size * 8 + 64);
+    float *parts = failed ? NULL : aligned_alloc(64, numbers * 4 + 64);
     if (!parts) failed = 1;
 #pragma omp parallel if (!failed)
     {
         /* A block has q, dout and their pairs in two bytes a number, dq in four. */
-        float *room = failed ? NULL : aligned_alloc(64, size * ((most + 1) * (32 * 4 + 64) + 128 + 2 * 128));
-        uint32_t *numbers = (uint32_t *)room + (most + 1) * size * 48;
-        bf16 *copies = (bf16 *)(numbers + size * 32);
+        float *room = failed ? NULL : aligned_alloc(64, size * ((most + 1) * (32 * 4 + 64) + 128 + 2 * 128) + room_of_whole * 8);
+        uint32_t *of_keys = (uint32_t *)room + (most + 1) * size * 48;
+        bf16 *copies = (bf16 *)(of_keys + size * 32);
+        float *of_whole = (float *)(copies + 2 * KEYS * size);
         bf16 weights[KEYS * QUERIES] __attribute__((aligned(64))), of_scores[KEYS * QUERIES] __attribute__((aligned(64)));
         Source *sources = failed ? NULL : aligned_alloc(64, sizeof(Source) * (most + 1));
         int able = room && sources;
         if (!able) failed = 1;
 #pragma omp for schedule(static)
-        for (long i = 0; i < tokens * a.heads; i++) {
-            vf dots = {0};
-            for (long d = 0; d < size; d += LANES) dots += load_bf16(o + i * size + d) * load_bf16(dout + i * size + d);
-            delta[i] = sum(dots);
-            if (i % a.heads == 0 && owner[i / a.heads] < 0) no_gradient(&a, i / a.heads, dq, dk, dv);
-        }
+        for (long t = 0; t < tokens; t++)
+            if (owner[t] < 0) no_gradient(&a, t, dq, dk, dv);
         tiles_on();
 #pragma omp for schedule(dynamic, 1)
         for (long t = 0; t < count; t++) {
@@ -393,7 +414,7 @@ int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, co
                 memset(b->dq, 0, size * 64);
                 for (int l = 0; l < LANES; l++) { /* a lane that fills up weighs nothing */
                     b->lse[l] = b->lanes.mine[l] ? lse[b->lanes.statistic[l]] : INFINITY;
-                    b->delta[l] = delta[b->lanes.statistic[l]];
+                    b->delta[l] = product_of_rows(o + b->lanes.row[l], dout + b->lanes.row[l], size);
                 }
             }
             for (long i = 0; i < n; i += 2) {
@@ -401,28 +422,33 @@ int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, co
                 pairs_of_blocks(a.q, sources + i, two, size, q_pairs + i * size * 8);
                 pairs_of_blocks(dout, sources + i, two, size, dout_pairs + i * size * 8);
             }
-            float *part = parts + place[t] * LANES * size * 2;
+            int whole = is_whole(&task, &a, own_columns);
             for (int is_own = 0; is_own < 2; is_own++) {
                 long first = is_own ? own[s] : shared[s], columns = is_own ? keys : shared_columns[s];
-                long room_of = pieces(columns, LANES) * LANES * size;
-                Seen c = {.own = is_own, .numbers = numbers, .dk = part, .dv = part + room_of};
-                memset(part, 0, room_of * 8);
-                part += 2 * room_of;
+                float *part = parts + place[t] + (is_own ? 2 * room_of(shared_columns[s], size) : 0);
+                if (is_own && whole) part = of_whole;
+                Seen c = {.own = is_own, .numbers = of_keys, .dk = part, .dv = part + room_of(columns, size)};
                 for (; c.start < columns; c.start += KEYS, c.dk += KEYS * size, c.dv += KEYS * size) {
                     const bf16 *k = (const bf16 *)a.k + (first + c.start) * stride + task.head * size;
                     const bf16 *v = (const bf16 *)a.v + (first + c.start) * a.v_stride + task.head * size;
                     c.count = least(columns - c.start, KEYS);
                     c.keys = rows_at(k, c.count, stride, size, copies);
                     c.values = rows_at(v, c.count, a.v_stride, size, copies + KEYS * size);
-                    numbers_as_rows(k, c.count, stride, size, numbers);
-                    for (long i = 0; i < n; i += QUERIES / LANES) {
-                        long these = least(n - i, QUERIES / LANES), whole = pieces(these, 2) * 2;
+                    numbers_as_rows(k, c.count, stride, size, of_keys);
+                    for (long i = 0, add = 0; i < n; i += QUERIES / LANES) {
+                        long these = least(n - i, QUERIES / LANES), filled = pieces(these, 2) * 2;
                         if (is_own && sources[i + these - 1].lanes.last < c.start) continue;
-                        for (long j = 0; j < whole; j++)
+                        for (long j = 0; j < filled; j++)
                             weigh(&a, j < these ? sources + i + j : NULL, &c, weights + j * LANES, of_scores + j * LANES);
-                        add_to_keys(&c, weights, of_scores, q_pairs + i * size * 8, dout_pairs + i * size * 8, whole / 2, size);
+                        add_to_keys(&c, weights, of_scores, q_pairs + i * size * 8, dout_pairs + i * size * 8, filled / 2, add, size);
+                        add = 1;
                     }
                 }
+            }
+            if (whole) {
+                long at = own[s] * stride + task.head * size;
+                put_part(of_whole, keys, size, stride, a.scale, 0, dk + at);
+                put_part(of_whole + room_of(keys, size), keys, size, stride, 1, 0, dv + at);
             }
             for (long i = 0; i < n; i++) {
                 const Source *b = sources + i;
@@ -434,20 +460,20 @@ int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, co
         for (long i = 0; i < sequences * a.kv_heads; i++) {
             if (!able) continue;
             long s = i / a.kv_heads, head = i % a.kv_heads, at = own[s] * stride + head * size;
-            for (long c = 0; c < own_columns[s]; c++)
-                memset(dk + at + c * stride, 0, size * 4), memset(dv + at + c * stride, 0, size * 4);
             for (long guest = s; guest >= 0; guest = guest == s ? guests[s] : next[guest])
                 for (long t = first_task[guest * a.kv_heads + head]; t >= 0 && t < count; t++) {
                     if (tasks[t].sequence != guest || tasks[t].head != head) break;
-                    long seen = pieces(shared_columns[guest], LANES) * LANES * size, keys = keys_of(tasks + t, &a, own_columns);
-                    const float *part = parts + place[t] * LANES * size * 2, *mine = part + 2 * seen;
-                    if (guest == s) {
-                        add_part(mine, keys, size, stride, a.scale, dk + at);
-                        add_part(mine + pieces(keys, LANES) * LANES * size, keys, size, stride, 1, dv + at);
-                    } else {
+                    long seen = room_of(shared_columns[guest], size), keys = keys_of(tasks + t, &a, own_columns);
+                    const float *part = parts + place[t], *mine = part + 2 * seen;
+                    if (guest != s) {
                         long from = at + (shared[guest] - own[s]) * stride;
-                        add_part(part, shared_columns[guest], size, stride, a.scale, dk + from);
-                        add_part(part + seen, shared_columns[guest], size, stride, 1, dv + from);
+                        put_part(part, shared_columns[guest], size, stride, a.scale, 1, dk + from);
+                        put_part(part + seen, shared_columns[guest], size, stride, 1, 1, dv + from);
+                    } else if (!is_whole(tasks + t, &a, own_columns)) {
+                        /* The first of a sequence's tasks has seen all its keys. */
+                        int add = t != first_task[i];
+                        put_part(mine, keys, size, stride, a.scale, add, dk + at);
+                        put_part(mine + room_of(keys, size), keys, size, stride, 1, add, dv + at);
                     }
                 }
         }
