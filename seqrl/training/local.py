@@ -20,6 +20,7 @@ from seqrl.training.forward import response_routing
 from seqrl.training.logprobs import TokenStatistics, response_statistics
 from seqrl.training.objective import Counts, Diagnostics, Objective
 from seqrl.training.optim import (
+    clip_gradients,
     learning_rate,
     load_optimizer_tensors,
     make_adamw,
@@ -119,7 +120,7 @@ class LocalEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         parts = self._accumulate(mini_batch, objective, self._update_split(mini_batch.lengths.tolist()))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
+        norm = clip_gradients(self.model.parameters(), self._grad_clip)
         self.steps_done += 1  # first: an optimizer step that fails half-way is not taken for none
         step_unless(~torch.isfinite(norm), self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)

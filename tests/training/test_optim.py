@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from seqrl.config.schema import OptimConfig
 from seqrl.errors import UserError
 from seqrl.training.optim import (
+    clip_gradients,
     learning_rate,
     load_optimizer_tensors,
     make_adamw,
@@ -129,3 +132,33 @@ def test_a_step_that_is_skipped_leaves_no_trace(fused: bool) -> None:
         ends.append({**net.state_dict(), **optimizer_tensors(net, optimizer)})
     assert ends[0]["0.weight:step"] == 2
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("most", [1e-2, 1e6])
+def test_gradients_are_clipped_as_by_torch(dtype: torch.dtype, most: float) -> None:
+    def clipped(clip: Callable[..., Tensor]) -> list[Tensor]:
+        net = make_net().to(dtype)
+        inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+        net[:2](inputs).square().sum().backward()  # the last layer has no gradient
+        norm = clip(net.parameters(), most)
+        return [norm, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    ours, theirs = clipped(clip_gradients), clipped(torch.nn.utils.clip_grad_norm_)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert len(ours) == len(theirs) == 5
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=0, check_dtype=False)
+
+
+def test_the_norm_of_many_numbers_is_exact_and_of_none_is_zero() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1000, 1536)) for _ in range(3)]
+    assert clip_gradients(parameters, 1.0) == 0
+    for parameter in parameters[:2]:
+        parameter.grad = torch.randn(1000, 1536, generator=torch.Generator().manual_seed(1))
+    exact = math.sqrt(
+        sum(float(p.grad.double().square().sum()) for p in parameters[:2] if p.grad is not None)
+    )
+    assert float(clip_gradients(parameters, 1e6)) == pytest.approx(exact, rel=3e-6)
+    grad[0, 0] = torch.inf
+    assert not math.isfinite(clip_gradients(parameters, 1.0))
