@@ -13,10 +13,12 @@
 #include "attention.h"
 #include "tiles.h"
 
-#define STEP 8  /* sums of a product that are held in registers */
+/* Sums that are held in registers: of a product, and of what rows weigh. */
 #ifdef __AVX512F__
+#define STEP 12
 #define HELD 16
 #else
+#define STEP 8
 #define HELD 8
 #endif
 
@@ -28,22 +30,13 @@ typedef struct {
    one before. Each is added up in the order of d, however many rows there are. */
 INLINE void products(int pairs, const word *across, const uint32_t *rows, long count, long stride, long words,
                      float scale, vf *out) {
-    long j = 0;
-    for (; j + STEP <= count; j += STEP) {
+    for (long j = 0; j < count; j += STEP) {
+        const uint32_t *row[STEP];
         vf sums[STEP] = {{0}};
+        for (int i = 0; i < STEP; i++) row[i] = rows + (j + i < count ? j + i : count - 1) * stride;
         for (long d = 0; d < words; d++)
-            for (int i = 0; i < STEP; i++)
-                sums[i] = multiply(pairs, across[d], splat_word(rows[(j + i) * stride + d]), sums[i]);
-        for (int i = 0; i < STEP; i++) out[j + i] = sums[i] * scale;
-    }
-    for (; j < count; j += 2) {
-        const uint32_t *first = rows + j * stride, *second = j + 1 < count ? first + stride : first;
-        vf one = {0}, two = {0};
-        for (long d = 0; d < words; d++) {
-            one = multiply(pairs, across[d], splat_word(first[d]), one);
-            two = multiply(pairs, across[d], splat_word(second[d]), two);
-        }
-        out[j] = one * scale, out[j + 1] = two * scale;
+            for (int i = 0; i < STEP; i++) sums[i] = multiply(pairs, across[d], splat_word(row[i][d]), sums[i]);
+        for (int i = 0; i < STEP && j + i < count; i++) out[j + i] = sums[i] * scale;
     }
 }
 
