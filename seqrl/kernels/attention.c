@@ -265,8 +265,10 @@ INLINE int backward(int pairs, long sequences, Attention a, const int64_t *share
 #define OF_TYPE(type, pairs)                                                                                        \
     int attend_forward_##type(long sequences, long heads, long kv_heads, long size, const void *q, const void *k,   \
                               const void *v, long v_stride, const int64_t *shared, const int64_t *shared_columns,   \
-                              const int64_t *own, const int64_t *own_columns, void *o, float *lse) {                \
+                              const int64_t *own, const int64_t *own_columns, long tokens, void *o, float *lse) {   \
         Attention a = {heads, kv_heads, heads / kv_heads, size, v_stride, 1.0f / sqrtf((float)size), q, k, v};      \
+        long row_bytes = heads * size * (pairs ? 2 : 4);                                                            \
+        if (nothing_for_others(sequences, own, own_columns, tokens, row_bytes, heads, o, lse)) return 1;            \
         if (pairs && tiles_here())                                                                                  \
             return attend_forward_tiles(sequences, a, shared, shared_columns, own, own_columns, o, lse);            \
         return forward(pairs, sequences, a, shared, shared_columns, own, own_columns, o, lse);                      \

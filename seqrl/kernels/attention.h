@@ -58,6 +58,18 @@ static inline void no_gradient(const Attention *a, long token, float *dq, float 
     memset(dk + token * of_keys, 0, of_keys * 4), memset(dv + token * of_keys, 0, of_keys * 4);
 }
 
+/* Zeros for tokens that belong to nobody: rows of o, of so many bytes, and of lse. Returns nonzero without memory. */
+static inline int nothing_for_others(long sequences, const int64_t *own, const int64_t *own_columns, long tokens, long row_bytes,
+                                     long heads, void *o, float *lse) {
+    char *owned = calloc(tokens + 1, 1);
+    if (!owned) return 1;
+    for (long s = 0; s < sequences; s++) memset(owned + own[s], 1, own_columns[s]);
+    for (long t = 0; t < tokens; t++)
+        if (!owned[t]) memset((char *)o + t * row_bytes, 0, row_bytes), memset(lse + t * heads, 0, heads * 4);
+    free(owned);
+    return 0;
+}
+
 /* The same in bfloat16 on tiles, for processors that have them (tiles.h): attention_tiles.c. */
 int attend_forward_tiles(long sequences, Attention a, const int64_t *shared, const int64_t *shared_columns,
                          const int64_t *own, const int64_t *own_columns, bf16 *o, float *lse);

@@ -167,8 +167,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> tuple[Tensor, Tenso
     """Causal attention in C (see `fits`), without gradient: [T, Q, D] in q's type, and the log-sum-exp of
     the scores [T, Q] float32; 0 for tokens of no sequence."""
     q, k, v = _side_by_side(q, k, v)
-    out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32)
-    call(f"attend_forward_{SUFFIX[q.dtype]}", *_of_spans(spans, q, k, v), out, lse)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    call(f"attend_forward_{SUFFIX[q.dtype]}", *_of_spans(spans, q, k, v), len(q), out, lse)
     return out, lse
 
 
