@@ -5,7 +5,7 @@ void NAME(gate)(long rows, long width, const C *gate_up, C *out) {
 #pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (long r = 0; r < rows; r++)
         for (long i = 0; i < width; i += LANES) {
-            soon(gate_up + 2 * r * width + i), soon(gate_up + (2 * r + 1) * width + i);
+            fetch_ahead(gate_up + 2 * r * width + i), fetch_ahead(gate_up + (2 * r + 1) * width + i);
             vf gate = LOAD_C(gate_up + 2 * r * width + i), up = LOAD_C(gate_up + (2 * r + 1) * width + i);
             STORE_C(out + r * width + i, gate / (1.0f + vexp(-gate)) * up);
         }
@@ -16,7 +16,7 @@ void NAME(gate_backward)(long rows, long width, const C *gate_up, const C *dout,
     for (long r = 0; r < rows; r++)
         for (long i = 0; i < width; i += LANES) {
             long at = 2 * r * width + i;
-            soon(gate_up + at), soon(gate_up + at + width), soon(dout + r * width + i);
+            fetch_ahead(gate_up + at), fetch_ahead(gate_up + at + width), fetch_ahead(dout + r * width + i);
             vf gate = LOAD_C(gate_up + at), up = LOAD_C(gate_up + at + width), d = LOAD_C(dout + r * width + i);
             vf sigmoid = 1.0f / (1.0f + vexp(-gate)), silu = gate * sigmoid;
             STORE_C(dgate_up + at, d * up * (sigmoid + silu * (1.0f - sigmoid)));

@@ -13,9 +13,9 @@ void NAME(add_norm)(long rows, long width, const S *x, const C *delta, const S *
         vf squares = {0};
         for (long i = 0; i < width; i += LANES) {
             vf value = LOAD_S(from + i);
-            soon(from + i);
+            fetch_ahead(from + i);
             if (delta) {
-                soon(delta + r * width + i);
+                fetch_ahead(delta + r * width + i);
                 STORE_S(to + i, value + LOAD_C(delta + r * width + i));
                 value = LOAD_S(to + i);
             } else if (to != from)
@@ -42,8 +42,8 @@ void NAME(add_norm_backward)(long rows, long width, const S *x_out, const S *wei
             float scale = rstd[r];
             vf dots = {0};
             for (long i = 0; i < width; i += LANES) {
-                soon(dyr + i), soon(xr + i);
-                if (carried) soon(carried + r * width + i);
+                fetch_ahead(dyr + i), fetch_ahead(xr + i);
+                if (carried) fetch_ahead(carried + r * width + i);
                 vf g = LOAD_C(dyr + i), normed = LOAD_S(xr + i) * scale;
                 dots += g * LOAD_S(weight + i) * normed;
                 store_f32(dw + i, load_f32(dw + i) + g * normed);
@@ -75,7 +75,7 @@ void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, c
             long at = h < heads ? (r * heads + h) * size : (r * kv_heads + h - heads) * size;
             C *to = h < heads ? q : k;
             float scale = 1;
-            for (long i = 0; i < size; i += LANES) soon(from + i);
+            for (long i = 0; i < size; i += LANES) fetch_ahead(from + i);
             if (weight) {
                 vf squares = {0};
                 for (long i = 0; i < size; i += LANES) squares += LOAD_C(from + i) * LOAD_C(from + i);
@@ -110,7 +110,7 @@ void NAME(turn_backward)(long rows, long heads, long kv_heads, long size, const 
                 const float *d = h < heads ? dq + (r * heads + h) * size : dk + (r * kv_heads + h - heads) * size;
                 const S *weight = h < heads ? q_weight : k_weight;
                 float *dw = (h < heads ? dq_weight : dk_weight) + t * size, scale = 1, mean = 0;
-                for (long i = 0; i < size; i += LANES) soon(from + i), soon(d + i);
+                for (long i = 0; i < size; i += LANES) fetch_ahead(from + i), fetch_ahead(d + i);
                 if (weight) {
                     vf squares = {0}, dots = {0};
                     for (long i = 0; i < size; i += LANES) squares += LOAD_C(from + i) * LOAD_C(from + i);

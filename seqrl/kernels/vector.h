@@ -65,10 +65,9 @@ static inline vf fused_pairs(vu a, vu b, vf c) {
 #endif
 }
 
-/* What lies behind this comes nearer, ahead of loads: a processor that sees several arrays at once and a page end asks
-   too late by itself. */
+/* What lies a page further on comes nearer: of several arrays at once the processor by itself asks too late. */
 #define AHEAD 4096 /* bytes */
-static inline void soon(const void *p) { __builtin_prefetch((const char *)p + AHEAD, 0, 2); }
+static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + AHEAD, 0, 2); }
 
 static inline float get_f32(const float *p) { return *p; }
 static inline void put_f32(float *p, float x) { *p = x; }

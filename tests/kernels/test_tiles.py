@@ -23,7 +23,8 @@ from seqrl.kernels.products import add_weight_gradient, product_backward
 pytestmark = pytest.mark.skipif(not has_tiles(BF16, torch.device("cpu")), reason="no matrix unit here")
 
 SHAPES = [(1, 32, 16), (5, 64, 350), (40, 100, 48), (300, 512, 96), (33, 31, 7), (257, 160, 290), (0, 64, 48)]
-"""Rows, ins, outs: whole tiles, and what is left over in every direction."""
+SHAPES += [(257, 1536, 1100), (70, 1025, 40), (544, 513, 530)]
+"""Rows, ins, outs: whole tiles, and what is left over in every direction; more than is added up in one go."""
 
 
 def tiles(*sources: Tensor) -> Tiles:
@@ -93,11 +94,12 @@ def test_a_row_that_is_no_number_stays_alone() -> None:
 @pytest.mark.parametrize("counts", [[9, 0, 1, 25], [0, 0, 0, 3], [0, 0, 0, 0], [8, 16, 7, 300]], ids=str)
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_experts(threads: int, counts: list[int], scattered: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("ins", [48, 1030])
+def test_experts(threads: int, counts: list[int], scattered: bool, dtype: torch.dtype, ins: int) -> None:
     rows, generator = sum(counts), torch.Generator().manual_seed(3)
     token = torch.randint(max(rows // 2, 1), (rows,), generator=generator) if scattered else None
-    x = random(max(rows // 2, 1) if scattered else rows, 48)
-    weight, grad = random(4, 80, 48, seed=1), random(rows, 80, seed=7)
+    x = random(max(rows // 2, 1) if scattered else rows, ins)
+    weight, grad = random(4, 80, ins, seed=1), random(rows, 80, seed=7)
     ends = torch.tensor(counts).cumsum(0)
     pairs: Any = (x if token is None else x[token]).double().requires_grad_()
     wide: Any = weight.double().requires_grad_()
