@@ -20,7 +20,8 @@ setup: .venv/.installed
 train: setup
 	$(BIN)/seqrl quickstart
 
-# A process for each core, each with one thread; then what is timed, by itself.
+# A process for each core, each with one thread, files in their own order: by number of tests, as is usual, a slow file
+# of few would come last and alone. Then what is timed, by itself.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not alone"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not slow"

@@ -113,7 +113,7 @@ def check_self_attention(
     groups: Groups, shape: tuple[int, int, int], normed: bool, stream: torch.dtype, dtype: torch.dtype
 ) -> None:
     heads, kv_heads, size = shape
-    layout, turn = layout_of(groups), turn_of(*shape, 200)
+    layout, turn = layout_of(groups), turn_of(*shape, 700)
     qkv = random(len(layout.computed), (heads + 2 * kv_heads) * size)
     weights = (1 + random(size, seed=1), 1 + random(size, seed=2)) if normed else (None, None)
     weights = tuple(None if w is None else w.to(BF16).float() for w in weights)
@@ -151,6 +151,12 @@ def test_a_long_sequence() -> None:
     # Scores of some hundreds carry an error of their own into the exponent.
     near(attend(*tensors, layout.spans), exact, 1e-4)
     check_self_attention([(1, [170])], (2, 1, 32), False, F32, F32)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_sequences_that_several_tasks_share(threads: int, dtype: torch.dtype) -> None:
+    """Their keys have gradients from all of them, and a prompt's from those that it belongs to, too."""
+    check_self_attention([(140, [150, 3]), (5, [500, 7, 129])], (2, 1, 32), True, F32, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
