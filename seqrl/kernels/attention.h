@@ -23,14 +23,14 @@ typedef struct {
 static inline Queries queries(const Attention *a, long own, long columns, long head, long block) {
     Queries result;
     long total = columns * a->group;
+    long position = block * LANES / a->group, h = block * LANES % a->group;
     for (int i = 0; i < LANES; i++) {
-        long index = block * LANES + i, real = index < total ? index : total - 1;
-        long token = own + real / a->group, h = head * a->group + real % a->group;
-        result.row[i] = (token * a->heads + h) * a->size;
-        result.statistic[i] = token * a->heads + h;
-        result.position[i] = (int32_t)(real / a->group);
-        result.mine[i] = index < total;
-        result.last = real / a->group;
+        result.mine[i] = block * LANES + i < total;
+        result.statistic[i] = (own + position) * a->heads + head * a->group + h;
+        result.row[i] = result.statistic[i] * a->size;
+        result.position[i] = (int32_t)position;
+        result.last = position;
+        if (block * LANES + i + 1 < total && ++h == a->group) position++, h = 0;
     }
     return result;
 }

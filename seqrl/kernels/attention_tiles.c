@@ -118,10 +118,16 @@ INLINE void add_weighted(const uint32_t *numbers, const uint32_t *columns, long 
     }
 }
 
+/* As pairs of bfloat16. */
+INLINE __m512i pairs_of_keys(vf one, vf two) {
+    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                                  21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(side_by_side, (__m512i)_mm512_cvtne2ps_pbh((__m512)two, (__m512)one));
+}
 
-
-INLINE __m512i pair_of(__m256i one, __m256i two) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16));
+/* So many bytes come nearer. */
+INLINE void will_write(const void *p, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)p + i, 1, 2);
 }
 
 /* The numbers of 16 rows, a row in each lane. */
@@ -146,19 +152,22 @@ static void see(const Attention *a, Block *b, Rows keys, const uint32_t *values,
     long steps = pieces(count, STEP_NUMBERS);
     scores_of(keys, count, b->q, a->size / STEP_NUMBERS, scores);
     int hides = own && start + count - 1 > b->lanes.position[0];
-    vf top = b->most;
+    __m512 most = _mm512_set1_ps(-INFINITY); /* a positive scale leaves the largest what it is */
     for (long j = 0; j < count; j++) {
-        vf score = load_f32(scores + j * LANES) * a->scale;
-        if (hides) score = pick(b->lanes.position < (int32_t)(start + j), splat(-INFINITY), score);
-        store_f32(scores + j * LANES, score);
-        top = larger(score, top);
+        vf score = load_f32(scores + j * LANES);
+        if (hides) {
+            score = pick(b->lanes.position < (int32_t)(start + j), splat(-INFINITY), score);
+            store_f32(scores + j * LANES, score);
+        }
+        most = _mm512_max_ps((__m512)score, most);
     }
+    vf top = (vf)_mm512_max_ps((__m512)((vf)most * a->scale), (__m512)b->most);
     vf shrink = vexp(b->most - top), totals[LANES] = {{0}}; /* of keys that are 16 apart, as in cache_tiles.c */
     for (long j = 0; j < count; j += 2) {
-        vf one = vexp(load_f32(scores + j * LANES) - top), two = {0};
-        if (j + 1 < count) two = vexp(load_f32(scores + (j + 1) * LANES) - top);
+        vf one = vexp(load_f32(scores + j * LANES) * a->scale - top), two = {0};
+        if (j + 1 < count) two = vexp(load_f32(scores + (j + 1) * LANES) * a->scale - top);
         totals[j % LANES] += one, totals[j % LANES + 1] += two;
-        _mm512_store_si512(weights + j / 2 * LANES, pair_of(halves(one), halves(two)));
+        _mm512_store_si512(weights + j / 2 * LANES, pairs_of_keys(one, two));
     }
     for (int step = LANES / 2; step; step /= 2)
         for (int i = 0; i < step; i++) totals[i] += totals[i + step];
@@ -184,7 +193,11 @@ static void see(const Attention *a, Block *b, Rows keys, const uint32_t *values,
 static void finish(const Attention *a, const Block *b, bf16 *o, float *lse) {
     for (int i = 0; i < LANES; i++)
         if (b->lanes.mine[i]) lse[b->lanes.statistic[i]] = b->most[i] + logf(b->total[i]);
-    for (long d = 0; d < a->size; d++) store_f32(b->out + d * LANES, load_f32(b->out + d * LANES) / b->total);
+    vf inverse = 1.0f / b->total;
+    for (long d = 0; d < a->size; d++) { /* x / total, to the bit, without a division (Markstein, 1990) */
+        vf x = load_f32(b->out + d * LANES), y = x * inverse;
+        store_f32(b->out + d * LANES, fused(fused(-y, b->total, x), inverse, y));
+    }
     FOR_EACH_ROW(b->out, a->size, row, if (b->lanes.mine[i]) store_bf16(o + b->lanes.row[i] + d, row))
 }
 
@@ -210,6 +223,7 @@ int attend_forward_tiles(long sequences, Attention a, const int64_t *shared, con
                 Block *b = blocks + i;
                 *b = (Block){queries(&a, own[s], own_columns[s], task.head, task.first + i), splat(-3e38f), splat(0)};
                 b->q = (uint32_t *)room + i * size * 24, b->out = (float *)b->q + size * 8;
+                for (int l = 0; l < LANES; l++) will_write(o + b->lanes.row[l], size * 2);
                 rows_across(a.q, &b->lanes, size, b->q);
                 memset(b->out, 0, size * 64);
             }
@@ -273,17 +287,17 @@ static void weigh(const Attention *a, Source *b, const Seen *c, bf16 *weights, b
     scores_of(c->keys, count, b->q, size / STEP_NUMBERS, scores);
     scores_of(c->values, count, b->dout, size / STEP_NUMBERS, wanted);
     int hides = c->own && c->start + count - 1 > b->lanes.position[0];
-    __m256i before = _mm256_setzero_si256();
-    for (long j = 0; j < count; j++) {
-        vf p = vexp(load_f32(scores + j * LANES) * a->scale - b->lse);
-        if (hides) p = pick(b->lanes.position < (int32_t)(c->start + j), splat(0), p);
-        __m256i d = halves(p * (load_f32(wanted + j * LANES) - b->delta));
-        _mm256_storeu_si256((__m256i *)(weights + j * QUERIES), halves(p));
-        _mm256_storeu_si256((__m256i *)(of_scores + j * QUERIES), d);
-        if (j % 2) _mm512_store_si512(pairs + j / 2 * LANES, pair_of(before, d));
-        before = d;
+    for (long j = 0; j < count; j += 2) {
+        vf p[2] = {{0}}, d[2] = {{0}};
+        for (int i = 0; i < 2 && j + i < count; i++) {
+            p[i] = vexp(load_f32(scores + (j + i) * LANES) * a->scale - b->lse);
+            if (hides) p[i] = pick(b->lanes.position < (int32_t)(c->start + j + i), splat(0), p[i]);
+            d[i] = p[i] * (load_f32(wanted + (j + i) * LANES) - b->delta);
+            _mm256_storeu_si256((__m256i *)(weights + (j + i) * QUERIES), halves(p[i]));
+            _mm256_storeu_si256((__m256i *)(of_scores + (j + i) * QUERIES), halves(d[i]));
+        }
+        _mm512_store_si512(pairs + j / 2 * LANES, pairs_of_keys(d[0], d[1]));
     }
-    if (count % 2) _mm512_store_si512(pairs + count / 2 * LANES, pair_of(before, _mm256_setzero_si256()));
     memset(pairs + (count + 1) / 2 * LANES, 0, (steps * LANES - (count + 1) / 2) * 64);
     add_weighted(c->numbers, pairs, steps, size, b->dq);
 }
@@ -411,6 +425,7 @@ int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, co
                 b->lanes = queries(&a, own[s], own_columns[s], task.head, task.first + i);
                 b->q = (uint32_t *)room + i * size * 32, b->dout = b->q + size * 8, b->dq = (float *)(b->dout + size * 8);
                 rows_across(a.q, &b->lanes, size, b->q), rows_across(dout, &b->lanes, size, b->dout);
+                for (int l = 0; l < LANES; l++) will_write(dq + b->lanes.row[l], size * 4);
                 memset(b->dq, 0, size * 64);
                 for (int l = 0; l < LANES; l++) { /* a lane that fills up weighs nothing */
                     b->lse[l] = b->lanes.mine[l] ? lse[b->lanes.statistic[l]] : INFINITY;
@@ -423,6 +438,8 @@ int attend_backward_tiles(long sequences, Attention a, const int64_t *shared, co
                 pairs_of_blocks(dout, sources + i, two, size, dout_pairs + i * size * 8);
             }
             int whole = is_whole(&task, &a, own_columns);
+            for (long j = 0, at = own[s] * stride + task.head * size; whole && j < keys; j++, at += stride)
+                will_write(dk + at, size * 4), will_write(dv + at, size * 4);
             for (int is_own = 0; is_own < 2; is_own++) {
                 long first = is_own ? own[s] : shared[s], columns = is_own ? keys : shared_columns[s];
                 float *part = parts + place[t] + (is_own ? 2 * room_of(shared_columns[s], size) : 0);

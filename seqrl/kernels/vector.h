@@ -66,8 +66,8 @@ static inline vf fused_pairs(vu a, vu b, vf c) {
 }
 
 /* What lies a page further on comes nearer: of several arrays at once the processor by itself asks too late. */
-#define AHEAD 4096 /* bytes */
-static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + AHEAD, 0, 2); }
+#define BYTES_AHEAD 4096
+static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + BYTES_AHEAD, 0, 2); }
 
 static inline float get_f32(const float *p) { return *p; }
 static inline void put_f32(float *p, float x) { *p = x; }
@@ -113,7 +113,7 @@ static inline vf larger(vf a, vf b) { return pick(a > b, a, b); }
    it is 0, above 89 infinite; a NaN stays one. */
 static inline vf vexp(vf x) {
 #ifdef __AVX512F__
-    vf bounded = (vf)_mm512_min_ps(_mm512_set1_ps(100.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
+    vf bounded = (vf)_mm512_min_ps(_mm512_set1_ps(100.0f), (__m512)x); /* far below, the mask has it */
 #else
     vf bounded = pick(x > 88.0f, splat(88.0f), pick(x < -87.0f, splat(-87.0f), x));
 #endif
