@@ -1,6 +1,6 @@
 """Log-probs and entropies from hidden states, and back: seqrl's head, all logits at once, and its peers.
 
-    python -m benchmarks.logprob_head [--tokens 4096] [--turns 5] [--dtype float32 bfloat16]
+    python -m benchmarks.logprob_head [--tokens 4096] [--turns 5] [--dtype float32 bfloat16] [--out DIRECTORY]
 
 Hidden size 1024 and a vocabulary of 151,936, as Qwen3-0.6B has them. Every side gives the log-prob and the
 entropy of each token and the gradients of hidden states and weight, all of the same numbers, temperature 1;
@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.measure import (
+    RESULTS,
     Elsewhere,
     Ratio,
     in_fresh_process,
@@ -253,6 +255,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help=f"below {SEQUENCE}, or a multiple of it")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY")
     asked = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -267,7 +270,7 @@ def main() -> None:
         "that of the inputs, the gradient of the weight included. The last column is the largest relative "
         "error of a result.\n\n" + table(columns, lines)
     )
-    write_results("logprob_head", where, markdown, numbers)
+    write_results("logprob_head", where, markdown, numbers, directory=asked.out)
 
 
 def _installed(package: str) -> bool:

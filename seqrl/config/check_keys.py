@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 from seqrl.config.load import leaf_types
 from seqrl.config.loss_keys import ACTOR, AGGREGATIONS
@@ -209,7 +209,7 @@ def key_problems(
             "data.train_files",
             "data.train_files is empty; write data.train_files=FILE (.parquet, .jsonl or a task)",
         )
-    for key in leaf_types(type(config)):
+    for key in leaf_types(cast(type, type(config))):
         value = value_of(config, key)
         parts = value if isinstance(value, list) else [value]
         if value is None:
