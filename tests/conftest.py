@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import seqrl.config.load as load
 
 # Drawn anew, a rare example would fail a change that has nothing to do with it; `make fuzz` draws anew.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -26,6 +30,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra composes each of seqrl's own recipes once a process, not anew for each command line."""
+    compose, kept = load._compose, dict[Any, Any]()
+
+    def composed(defaults: dict[str, Any], name: str, directory: Path | None) -> dict[str, Any]:
+        if directory is not None:  # a test's own folder, whose files may change
+            return compose(defaults, name, directory)
+        if (key := (name, load.RECIPES, *defaults)) not in kept:
+            kept[key] = compose(defaults, name, directory)
+        return copy.deepcopy(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "_compose", composed)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,22 +2,17 @@
 
 500 command lines are drawn from real keys and misspelt ones, with all prefixes and values of right and of
 wrong types: 380 go through `seqrl check` whole, in this process, the others through `train`, `eval` and
-`explain`, which end before they need a model. Composing a recipe takes half of the time and is the same for
-every draw that names it: it is done once.
+`explain`, which end before they need a model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import csv
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -113,21 +108,6 @@ def command_line(draw: st.DrawFn) -> list[str]:
     usual = [["actor_rollout_ref.model.path=/no/model"], ["data.train_files=/no/rows.parquet"]]
     drawn += draw(st.sampled_from([usual, usual, usual, []]))
     return ["actor_rollout_ref.rollout.n=8", *(part for arguments in drawn for part in arguments)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def composed_once() -> Iterator[None]:
-    """Recipes as Hydra composes them, kept by what makes them up."""
-    compose, kept = load._compose, dict[Any, Any]()
-
-    def composed(defaults: dict[str, Any], name: str, directory: Path | None) -> dict[str, Any]:
-        if (name, directory) not in kept:
-            kept[name, directory] = compose(defaults, name, directory)
-        return copy.deepcopy(kept[name, directory])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "_compose", composed)
-        yield
 
 
 def said(command: list[str]) -> tuple[int, str, list[str]]:
