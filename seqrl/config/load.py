@@ -162,8 +162,9 @@ def read(schema: type[C], arguments: Sequence[str], *, default_name: str) -> Loa
     no YAML.
     """
     name, directory, overrides = _read_options(arguments, default_name)
-    types = leaf_types(cast(type, schema))
-    structured = copy.deepcopy(_structured(cast(type, schema)))
+    schema_type = cast(type, schema)  # mypy takes the types of dataclasses for unhashable
+    types = leaf_types(schema_type)
+    structured = copy.deepcopy(_structured(schema_type))
     defaults = cast(dict[str, Any], OmegaConf.to_container(structured))
     settings = _Settings(types)
     composed = _flatten(_compose(defaults, name, directory), types)

@@ -125,7 +125,7 @@ INLINE __m512i pairs_of_keys(vf one, vf two) {
     return _mm512_permutexvar_epi16(side_by_side, (__m512i)_mm512_cvtne2ps_pbh((__m512)two, (__m512)one));
 }
 
-/* So many bytes come nearer. */
+/* So many bytes from p on come nearer. */
 INLINE void will_write(const void *p, long bytes) {
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)p + i, 1, 2);
 }

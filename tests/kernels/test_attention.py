@@ -154,6 +154,17 @@ def test_a_long_sequence() -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_sums_are_divided_exactly(dtype: torch.dtype) -> None:
+    """Of keys that all weigh 1 the mean is half-way between two bfloat16 numbers, or beside it: a quotient off
+    by its last bit is rounded to the other one."""
+    layout = Layout.of(torch.tensor([0, 600]))
+    zeros = torch.zeros(600, 1, 32, dtype=dtype)
+    v = (254 + torch.arange(600) % 2).to(dtype)[:, None, None].expand(-1, 1, 32).contiguous()
+    mean = v.double().cumsum(0) / torch.arange(1, 601)[:, None, None]
+    assert torch.equal(attend(zeros, zeros, v, layout.spans)[0], mean.float().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_sequences_that_several_tasks_share(threads: int, dtype: torch.dtype) -> None:
     """Their keys have gradients from all of them, and a prompt's from those that it belongs to, too."""
     check_self_attention([(140, [150, 3]), (5, [500, 7, 129])], (2, 1, 32), True, F32, dtype)
