@@ -155,8 +155,8 @@ def test_a_long_sequence() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_sums_are_divided_exactly(dtype: torch.dtype) -> None:
-    """Of keys that all weigh 1 the mean is half-way between two bfloat16 numbers, or beside it: a quotient off
-    by its last bit is rounded to the other one."""
+    """Of keys that all weigh 1 the mean is half-way between two bfloat16 numbers, or beside it: a quotient
+    off by its last bit is rounded to the other one."""
     layout = Layout.of(torch.tensor([0, 600]))
     zeros = torch.zeros(600, 1, 32, dtype=dtype)
     v = (254 + torch.arange(600) % 2).to(dtype)[:, None, None].expand(-1, 1, 32).contiguous()
