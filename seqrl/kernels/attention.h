@@ -70,6 +70,15 @@ static inline int nothing_for_others(long sequences, const int64_t *own, const i
     return 0;
 }
 
+/* See attention.c. */
+int attend_forward_bf16(long sequences, long heads, long kv_heads, long size, const void *q, const void *k, const void *v,
+                        long v_stride, const int64_t *shared, const int64_t *shared_columns, const int64_t *own,
+                        const int64_t *own_columns, long tokens, void *o, float *lse);
+int attend_backward_bf16(long sequences, long heads, long kv_heads, long size, const void *q, const void *k, const void *v,
+                         long v_stride, const int64_t *shared, const int64_t *shared_columns, const int64_t *own,
+                         const int64_t *own_columns, const void *o, const float *lse, const void *dout, float *delta,
+                         long tokens, float *dq, float *dk, float *dv);
+
 /* The same in bfloat16 on tiles, for processors that have them (tiles.h): attention_tiles.c. */
 int attend_forward_tiles(long sequences, Attention a, const int64_t *shared, const int64_t *shared_columns,
                          const int64_t *own, const int64_t *own_columns, bf16 *o, float *lse);

@@ -65,6 +65,9 @@ ARGUMENTS = {
     "tile_products": "llll pppppp",
     "tile_gradient": "llll pppp ll pp",
     "decode_layers": "p l p",
+    **dict.fromkeys(
+        ("attention_block", "attention_block_backward", "gated_block", "gated_block_backward"), "p"
+    ),
 }
 """What each function takes, in order: l a long, f a float, p a pointer."""
 FAILING = (
@@ -76,6 +79,8 @@ FAILING = (
     "tile_products",
     "tile_gradient",
     "decode_layers",
+    "attention_block",
+    "gated_block",
 )
 """How the names of functions begin that need scratch memory, and give back 1 where there is none."""
 SWITCH = "SEQRL_KERNELS"

@@ -47,28 +47,17 @@ typedef struct {
 
 static void add_norm(Part p, const Step *s, const bf16 *delta, const void *weight, float eps) {
     long at = p.first * s->hidden;
+    void *x = (char *)s->stream + at * (s->stream_is_f32 ? sizeof(float) : sizeof(bf16));
     const bf16 *of_part = delta ? delta + at : NULL;
-    bf16 *to = s->normed + at;
-    if (s->stream_is_f32) {
-        float *x = (float *)s->stream + at;
-        add_norm_f32_bf16(p.count, s->hidden, x, of_part, weight, eps, x, to, NULL);
-    } else {
-        bf16 *x = (bf16 *)s->stream + at;
-        add_norm_bf16_bf16(p.count, s->hidden, x, of_part, weight, eps, x, to, NULL);
-    }
+    OF(add_norm, s->stream_is_f32, p.count, s->hidden, x, of_part, weight, eps, x, s->normed + at, NULL);
 }
 
 static void turn(Part p, const Step *s, const Layer *l) {
     long q_width = s->heads * s->size, k_width = s->kv_heads * s->size;
     const bf16 *qkv = s->qkv + p.first * (q_width + 2 * k_width);
     bf16 *q = s->q + p.first * q_width, *k = s->k + p.first * k_width;
-    const int64_t *positions = s->positions + p.first;
-    if (s->stream_is_f32)
-        turn_f32_bf16(p.count, s->heads, s->kv_heads, s->size, qkv, l->q_norm, l->k_norm, s->head_eps, s->cos, s->sin,
-                      positions, q, k);
-    else
-        turn_bf16_bf16(p.count, s->heads, s->kv_heads, s->size, qkv, l->q_norm, l->k_norm, s->head_eps, s->cos, s->sin,
-                       positions, q, k);
+    OF(turn, s->stream_is_f32, p.count, s->heads, s->kv_heads, s->size, qkv, l->q_norm, l->k_norm, s->head_eps, s->cos,
+       s->sin, s->positions + p.first, q, k);
 }
 
 /* One token for each row through `count` layers. Returns nonzero without memory. */

@@ -15,6 +15,14 @@
 /* Whether the processor has a matrix unit and the system lets this process have it. */
 int tiles_here(void);
 
+/* See tiles.c. */
+void tile_pack(long matrices, long outs, long ins, const void *w, long is_f32, long first, long total,
+               uint32_t *columns, uint32_t *transposed);
+int tile_products(long matrices, long rows, long ins, long outs, const bf16 *x, const int64_t *token,
+                  const uint32_t *w, const int64_t *ends, const float *bias, bf16 *y);
+int tile_gradient(long matrices, long rows, long ins, long outs, const bf16 *dy, const bf16 *x, const int64_t *token,
+                  const int64_t *ends, long is_f32, long add, const int64_t *part_ends, const int64_t *address);
+
 /* Rows times matrices, as in `tile_products`. */
 typedef struct {
     long ins, outs;

@@ -5,16 +5,27 @@
 
 #include "vector.h"
 
-void add_norm_f32_bf16(long rows, long width, const float *x, const bf16 *delta, const float *weight, float eps,
-                       float *x_out, bf16 *y, float *rstd);
-void add_norm_bf16_bf16(long rows, long width, const bf16 *x, const bf16 *delta, const bf16 *weight, float eps,
-                        bf16 *x_out, bf16 *y, float *rstd);
-void turn_f32_bf16(long rows, long heads, long kv_heads, long size, const bf16 *qkv, const float *q_weight,
-                   const float *k_weight, float eps, const float *cos, const float *sin, const int64_t *positions,
-                   bf16 *q, bf16 *k);
-void turn_bf16_bf16(long rows, long heads, long kv_heads, long size, const bf16 *qkv, const bf16 *q_weight,
-                    const bf16 *k_weight, float eps, const float *cos, const float *sin, const int64_t *positions,
-                    bf16 *q, bf16 *k);
+#define OF_STREAM(S, types)                                                                                            \
+    void add_norm_##types(long rows, long width, const S *x, const bf16 *delta, const S *weight, float eps, S *x_out,  \
+                          bf16 *y, float *rstd);                                                                       \
+    void add_norm_backward_##types(long rows, long width, const S *x_out, const S *weight, const float *rstd,          \
+                                   const bf16 *dy, const S *carried, S *dx, bf16 *ddelta, float *dweight,              \
+                                   long threads);                                                                      \
+    void turn_##types(long rows, long heads, long kv_heads, long size, const bf16 *qkv, const S *q_weight,             \
+                      const S *k_weight, float eps, const float *cos, const float *sin, const int64_t *positions,      \
+                      bf16 *q, bf16 *k);                                                                               \
+    void turn_backward_##types(long rows, long heads, long kv_heads, long size, const bf16 *qkv, const S *q_weight,    \
+                               const S *k_weight, float eps, const float *cos, const float *sin,                       \
+                               const int64_t *positions, const float *dq, const float *dk, const float *dv,            \
+                               bf16 *dqkv, float *dq_weight, float *dk_weight, long threads);
+
+OF_STREAM(float, f32_bf16)
+OF_STREAM(bf16, bf16_bf16)
 void gate_bf16(long rows, long width, const bf16 *gate_up, bf16 *out);
+void gate_backward_bf16(long rows, long width, const bf16 *gate_up, const bf16 *dout, bf16 *dgate_up);
+
+/* One of them, by the type of the residual stream. */
+#define OF(name, stream_is_f32, ...) \
+    ((stream_is_f32) ? name##_f32_bf16(__VA_ARGS__) : name##_bf16_bf16(__VA_ARGS__))
 
 #endif

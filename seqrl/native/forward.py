@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqrl.kernels import add_norm, current, fits, made
+from seqrl.native.blocks import Causal, attended, attends, fed, feeds
 from seqrl.native.experts import Experts, in_c
 from seqrl.native.weights import Dense, Layer, Weights
 
@@ -30,9 +31,14 @@ def hidden_states(w: Weights, tokens: Tensor, attention: Attention) -> Tensor:
 
     def run(index: int, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         layer = w.layers[index]
-        x, y = add_norm(x, delta, *layer.attention_norm, w.dtype)
-        delta = layer.out(attention(index, layer, layer.qkv(y)))
-        x, y = add_norm(x, delta, *layer.mlp_norm, w.dtype)
+        if isinstance(attention, Causal) and attends(layer, x, w.dtype):
+            x, y = attended(layer, x, delta, attention)
+        else:
+            x, y = add_norm(x, delta, *layer.attention_norm, w.dtype)
+            delta = layer.out(attention(index, layer, layer.qkv(y)))
+            x, y = add_norm(x, delta, *layer.mlp_norm, w.dtype)
+        if isinstance(layer.mlp, Dense) and feeds(layer.mlp, w.dtype, x.device):
+            return x, fed(layer.mlp, y)
         return x, layer.mlp(y)
 
     x, delta = F.embedding(tokens, w.embedding), None

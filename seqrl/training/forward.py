@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqrl.kernels import filled_up, fits, is_flash, self_attention, sent, turned
-from seqrl.native.forward import hidden_states
+from seqrl.kernels import filled_up, fits, is_flash, sent, turned
+from seqrl.native.blocks import Causal
+from seqrl.native.forward import Attention, hidden_states
 from seqrl.native.weights import Layer, Weights, read_weights, why_unreadable
 from seqrl.training.experts import EXPERTS_NAME, hooked_routing
 from seqrl.training.packing import Layout, padded_attention, varlen_attention
@@ -66,13 +67,12 @@ def native_hidden(w: Weights, tokens: Tensor, layout: Layout) -> Tensor:
         return hidden_states(w, tokens, _attention(w, layout, positions))
 
 
-def _attention(w: Weights, layout: Layout, positions: Tensor) -> Callable[[int, Layer, Tensor], Tensor]:
+def _attention(w: Weights, layout: Layout, positions: Tensor) -> Attention:
     size, stream = w.turn.size, w.embedding.dtype
-    in_c = fits(stream, w.dtype, positions.device, size // 2)
+    if fits(stream, w.dtype, positions.device, size // 2):
+        return Causal(positions, w.turn, layout.spans)
 
     def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
-        if in_c:
-            return self_attention(qkv, layer.q_norm, layer.k_norm, positions, w.turn, layout.spans)
         q, k, v = turned(qkv, positions, w.turn, layer.q_norm, layer.k_norm)
         if is_flash(qkv, qkv.dtype, size):
             return varlen_attention(q, k, v, layout).flatten(1)
