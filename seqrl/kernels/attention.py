@@ -44,6 +44,13 @@ class Spans:
     own: Tensor
     own_columns: Tensor
 
+    def check(self, tokens: int) -> None:
+        """That the C reads and writes nothing behind the last of them."""
+        for first, columns in ((self.shared, self.shared_columns), (self.own, self.own_columns)):
+            assert not len(first) or int((first + columns).max()) <= tokens, (
+                "a span ends behind the last token"
+            )
+
 
 def turned(
     qkv: Tensor, positions: Tensor, turn: Turn, q_weight: Tensor | None, k_weight: Tensor | None
@@ -179,8 +186,7 @@ def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _of_spans(spans: Spans, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    for first, columns in ((spans.shared, spans.shared_columns), (spans.own, spans.own_columns)):
-        assert not len(first) or int((first + columns).max()) <= len(q), "a span ends behind the last token"
+    spans.check(len(q))
     sizes = (len(spans.own), q.shape[1], k.shape[1], q.shape[2])
     of_v = v.data_ptr(), v.stride(0)
     return *sizes, q, k, *of_v, spans.shared, spans.shared_columns, spans.own, spans.own_columns

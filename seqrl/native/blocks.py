@@ -70,6 +70,9 @@ class Causal:
     turn: Turn
     spans: Spans
 
+    def __post_init__(self) -> None:
+        self.spans.check(len(self.positions))
+
     def __call__(self, index: int, layer: Layer, qkv: Tensor) -> Tensor:
         return self_attention(qkv, layer.q_norm, layer.k_norm, self.positions, self.turn, self.spans)
 

@@ -20,12 +20,12 @@ from seqrl.training.forward import response_routing
 from seqrl.training.logprobs import TokenStatistics, response_statistics
 from seqrl.training.objective import Counts, Diagnostics, Objective
 from seqrl.training.optim import (
-    clip_gradients,
+    clipped_step,
+    gradient_norm,
     learning_rate,
     load_optimizer_tensors,
     make_adamw,
     optimizer_tensors,
-    step_unless,
 )
 from seqrl.training.packing import Split, by_count
 from seqrl.types import Batch
@@ -120,9 +120,9 @@ class LocalEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         parts = self._accumulate(mini_batch, objective, self._update_split(mini_batch.lengths.tolist()))
-        norm = clip_gradients(self.model.parameters(), self._grad_clip)
+        norm = gradient_norm(self.model.parameters())
         self.steps_done += 1  # first: an optimizer step that fails half-way is not taken for none
-        step_unless(~torch.isfinite(norm), self.optimizer)
+        clipped_step(self.optimizer, norm, self._grad_clip)
         self.optimizer.zero_grad(set_to_none=True)
         return Update(self.steps_done, norm, lr, type(parts[0]).merge(parts))
 

@@ -33,29 +33,32 @@ def make_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         ) from error
 
 
-def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, and returns the norm from before, [].
-
-    By inner products, three times as fast on a CPU; and a host that knows the norm multiplies by no 1.
-    """
-    clipped = [p for p in parameters if p.grad is not None]
-    flat = (p.grad.flatten() for p in clipped if p.grad is not None)
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """[], of all gradients together; by inner products, three times as fast on a CPU as torch's own norms."""
+    flat = (p.grad.flatten() for p in parameters if p.grad is not None)
     wide = (grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in flat)
     squares = [grad.dot(grad) for grad in wide]
-    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-    if norm.device.type != "cpu" or not norm + 1e-6 <= most:
-        torch.nn.utils.clip_grads_with_norm_(clipped, most, norm)
-    return norm
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
-def step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step; none where `skipped` [] bool. A fused optimizer decides on its device, as under torch's
-    `GradScaler`; for another one the host has to ask."""
+def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, most: float) -> None:
+    """One step by gradients that are clipped as by `torch.nn.utils.clip_grad_norm_`; none where their `norm`
+    [] is no finite number.
+
+    A fused optimizer reads the gradients once for both, and decides on its device, as under torch's
+    `GradScaler`; for another one the host has to ask.
+    """
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        divisor = ((norm + 1e-6) / most).clamp(min=1)
+        told = {"grad_scale": divisor.float(), "found_inf": (~norm.isfinite()).float()}
+        for name, value in told.items():
+            setattr(optimizer, name, value)
         optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
-    elif not skipped:
+        for name in told:
+            delattr(optimizer, name)
+    elif norm.isfinite():
+        clipped = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(clipped, most, norm)
         optimizer.step()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from seqrl.config.schema import OptimConfig
 from seqrl.errors import UserError
 from seqrl.training.optim import (
-    clip_gradients,
+    clipped_step,
+    gradient_norm,
     learning_rate,
     load_optimizer_tensors,
     make_adamw,
     optimizer_tensors,
-    step_unless,
 )
 
 
@@ -127,36 +128,51 @@ def test_a_step_that_is_skipped_leaves_no_trace(fused: bool) -> None:
             net(torch.randn(5, 3, generator=generator)).square().sum().backward()
             if skipped:
                 net[0].weight.grad[0, 0] = torch.nan
-            step_unless(torch.tensor(skipped), optimizer)
+            clipped_step(optimizer, gradient_norm(net.parameters()), 1.0)
             optimizer.zero_grad()
         ends.append({**net.state_dict(), **optimizer_tensors(net, optimizer)})
     assert ends[0]["0.weight:step"] == 2
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("most", [1e-2, 1e6])
-def test_gradients_are_clipped_as_by_torch(dtype: torch.dtype, most: float) -> None:
-    def clipped(clip: Callable[..., Tensor]) -> list[Tensor]:
+def test_a_step_is_by_gradients_clipped_as_by_torch(dtype: torch.dtype, most: float, fused: bool) -> None:
+    """Adam is all but blind to the size of gradients: what it keeps of them is compared."""
+    config = OptimConfig(lr=0.01, override_optimizer_config={"fused": fused})
+
+    def after(step: Callable[[Any, Any], Any]) -> list[Tensor]:
         net = make_net().to(dtype)
+        optimizer = make_adamw(net, config)
         inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
         net[:2](inputs).square().sum().backward()  # the last layer has no gradient
-        norm = clip(net.parameters(), most)
-        return [norm, *(p.grad for p in net.parameters() if p.grad is not None)]
+        norm = step(net, optimizer)
+        kept = optimizer_tensors(net, optimizer)
+        assert len(kept) == 4 * 3
+        return [norm, *(kept[name] for name in sorted(kept)), *net.parameters()]
 
-    ours, theirs = clipped(clip_gradients), clipped(torch.nn.utils.clip_grad_norm_)
+    def ours(net: Any, optimizer: Any) -> Tensor:
+        norm = gradient_norm(net.parameters())
+        clipped_step(optimizer, norm, most)
+        return norm
+
+    def theirs(net: Any, optimizer: Any) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), most)
+        optimizer.step()
+        return norm
+
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    assert len(ours) == len(theirs) == 5
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(after(ours), after(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=0, check_dtype=False)
 
 
 def test_the_norm_of_many_numbers_is_exact_and_of_none_is_zero() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(1000, 1536)) for _ in range(3)]
-    assert clip_gradients(parameters, 1.0) == 0
+    assert gradient_norm(parameters) == 0
     grad = torch.randn(1000, 1536, generator=torch.Generator().manual_seed(1))
     parameters[0].grad, parameters[1].grad = grad, grad.clone()
     exact = math.sqrt(2 * float(grad.double().square().sum()))
-    assert float(clip_gradients(parameters, 1e6)) == pytest.approx(exact, rel=3e-6)
+    assert float(gradient_norm(parameters)) == pytest.approx(exact, rel=3e-6)
     grad[0, 0] = torch.inf
-    assert not math.isfinite(clip_gradients(parameters, 1.0))
+    assert not math.isfinite(gradient_norm(parameters))
