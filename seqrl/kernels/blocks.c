@@ -62,28 +62,44 @@ static void lay_out(const Matrix *m, uint32_t *columns, uint32_t *transposed) {
     }
 }
 
-/* y [rows, outs] = x m^T + bias. This and the next two return nonzero without memory. */
-static int product(const Matrix *m, long rows, const bf16 *x, bf16 *y) {
-    long words = m->columns ? 0 : pieces(m->outs, LANES) * pieces(m->ins, STEP_NUMBERS) * TILE;
-    uint32_t *room = aligned_alloc(64, (words + pieces(m->outs, LANES) * LANES) * sizeof *room);
-    if (!room) return 1;
-    float *bias = m->bias ? (float *)(room + words) : NULL;
-    for (long i = 0; bias && i < m->outs; i++) bias[i] = get_bf16(m->bias + i);
-    if (!m->columns) lay_out(m, room, NULL);
-    int failed = tile_products(1, rows, m->ins, m->outs, x, NULL, m->columns ? m->columns : room, NULL, bias, y);
-    free(room);
+/* The matrix as products want it, x m^T + bias or, where `back`, x m; `room` is to be freed. w is NULL without
+   memory. */
+typedef struct {
+    Product of;
+    uint32_t *room;
+} Ready;
+
+static Ready ready(const Matrix *m, int back) {
+    long ins = back ? m->outs : m->ins, outs = back ? m->ins : m->outs, biases = pieces(outs, LANES) * LANES;
+    long words = m->columns && !back ? 0 : pieces(outs, LANES) * pieces(ins, STEP_NUMBERS) * TILE;
+    Ready r = {{.ins = ins, .outs = outs}, aligned_alloc(64, (words + biases) * sizeof(uint32_t))};
+    if (!r.room) return r;
+    float *bias = (float *)(r.room + words);
+    for (long i = 0; m->bias && !back && i < outs; i++) bias[i] = get_bf16(m->bias + i);
+    if (words) lay_out(m, back ? NULL : r.room, back ? r.room : NULL);
+    r.of.w = words ? r.room : m->columns;
+    if (m->bias && !back) r.of.bias = bias;
+    return r;
+}
+
+/* y [rows, outs] of x [rows, ins]. Returns nonzero without memory. */
+static int product(const Matrix *m, int back, long rows, const bf16 *x, bf16 *y) {
+    Ready r = ready(m, back);
+    int failed = !r.of.w || tile_products(1, rows, r.of.ins, r.of.outs, x, NULL, r.of.w, NULL, r.of.bias, y);
+    free(r.room);
     return failed;
 }
 
-/* dx [rows, ins] = dy m. */
-static int product_backward(const Matrix *m, long rows, const bf16 *dy, bf16 *dx) {
-    uint32_t *columns = aligned_alloc(64, pieces(m->ins, LANES) * pieces(m->outs, STEP_NUMBERS) * TILE * sizeof *columns);
-    if (!columns) return 1;
-    lay_out(m, NULL, columns);
-    int failed = tile_products(1, rows, m->outs, m->ins, dy, NULL, columns, NULL, NULL, dx);
-    free(columns);
-    return failed;
+/* Of some rows, by one thread. */
+static void product_of_rows(Product of, const bf16 *x, bf16 *y, long rows, float *room) {
+    of.x = x, of.y = y;
+    rows_product(&of, rows, room);
 }
+
+/* Each chunk of rows goes through several operations while it is near. */
+#define FOR_EACH_CHUNK(rows, first, count)                                                                             \
+    _Pragma("omp for schedule(dynamic, 1)") for (long first = 0; first < (rows); first += TASK_ROWS)                   \
+        for (long count = least((rows) - first, TASK_ROWS), once = 1; once; once = 0)
 
 static int gradient(const Matrix *m, long rows, const bf16 *dy, const bf16 *x) {
     if (!m->gradients[0]) return 0;
@@ -100,23 +116,67 @@ static void of_all(const float *parts, long threads, long width, long is_f32, vo
     }
 }
 
+/* `x` [.., hidden] from row `first` on, in the stream's type. */
+static void *stream_at(const AttentionBlock *b, const void *x, long first) {
+    return (char *)x + first * b->hidden * (b->stream_is_f32 ? sizeof(float) : sizeof(bf16));
+}
+
+/* Up to the queries and keys. */
+static int projected(const AttentionBlock *b, bf16 *q, bf16 *k) {
+    long q_width = b->heads * b->size, kv_width = b->kv_heads * b->size, width = q_width + 2 * kv_width;
+    Ready qkv = ready(&b->qkv, 0);
+    int failed = !qkv.of.w;
+#pragma omp parallel if (!failed) reduction(| : failed)
+    {
+        float *room = failed ? NULL : rows_room(&qkv.of);
+        failed |= !room;
+        FOR_EACH_CHUNK(b->rows, first, count) {
+            if (!room) continue;
+            long at = first * b->hidden;
+            bf16 *rows = b->projected + first * width;
+            OF(add_norm, b->stream_is_f32, count, b->hidden, stream_at(b, b->x, first), b->delta ? b->delta + at : NULL,
+               b->norm, b->eps, stream_at(b, b->stream, first), b->normed + at, b->rstd + first);
+            product_of_rows(qkv.of, b->normed + at, rows, count, room);
+            OF(turn, b->stream_is_f32, count, b->heads, b->kv_heads, b->size, rows, b->q_norm, b->k_norm, b->head_eps,
+               b->cos, b->sin, b->positions + first, q + first * q_width, k + first * kv_width);
+        }
+        free(room);
+    }
+    free(qkv.room);
+    return failed;
+}
+
+/* From what attention has seen to the next norm. */
+static int added(const AttentionBlock *b) {
+    Ready out = ready(&b->out, 0);
+    int failed = !out.of.w;
+#pragma omp parallel if (!failed) reduction(| : failed)
+    {
+        float *room = failed ? NULL : rows_room(&out.of);
+        bf16 *said = room ? aligned_alloc(64, TASK_ROWS * b->hidden * sizeof(bf16)) : NULL;
+        failed |= !said;
+        FOR_EACH_CHUNK(b->rows, first, count) {
+            if (!said) continue;
+            long at = first * b->hidden;
+            product_of_rows(out.of, b->seen + first * out.of.ins, said, count, room);
+            OF(add_norm, b->stream_is_f32, count, b->hidden, stream_at(b, b->stream, first), said, b->next_norm, b->next_eps,
+               stream_at(b, b->next_stream, first), b->next_normed + at, b->next_rstd + first);
+        }
+        free(room), free(said);
+    }
+    free(out.room);
+    return failed;
+}
+
 int attention_block(const AttentionBlock *b) {
     long q_width = b->heads * b->size, kv_width = b->kv_heads * b->size;
-    bf16 *q = aligned_alloc(64, b->rows * (q_width + kv_width + b->hidden) * sizeof(bf16) + 64);
-    if (!q) return 1;
-    bf16 *k = q + b->rows * q_width, *said = k + b->rows * kv_width;
-    OF(add_norm, b->stream_is_f32, b->rows, b->hidden, b->x, b->delta, b->norm, b->eps, b->stream, b->normed, b->rstd);
-    int failed = product(&b->qkv, b->rows, b->normed, b->projected);
-    OF(turn, b->stream_is_f32, b->rows, b->heads, b->kv_heads, b->size, b->projected, b->q_norm, b->k_norm, b->head_eps,
-       b->cos, b->sin, b->positions, q, k);
-    failed |= attend_forward_bf16(b->sequences, b->heads, b->kv_heads, b->size, q, k, b->projected + q_width + kv_width,
-                                  q_width + 2 * kv_width, b->shared, b->shared_columns, b->own, b->own_columns, b->rows,
-                                  b->seen, b->lse);
-    failed |= product(&b->out, b->rows, b->seen, said);
-    OF(add_norm, b->stream_is_f32, b->rows, b->hidden, b->stream, said, b->next_norm, b->next_eps, b->next_stream,
-       b->next_normed, b->next_rstd);
+    bf16 *q = aligned_alloc(64, b->rows * (q_width + kv_width) * sizeof(bf16) + 64), *k = q + b->rows * q_width;
+    int failed = !q || projected(b, q, k);
+    failed = failed || attend_forward_bf16(b->sequences, b->heads, b->kv_heads, b->size, q, k,
+                                           b->projected + q_width + kv_width, q_width + 2 * kv_width, b->shared,
+                                           b->shared_columns, b->own, b->own_columns, b->rows, b->seen, b->lse);
     free(q);
-    return failed;
+    return failed || added(b);
 }
 
 int attention_block_backward(const AttentionBlock *b) {
@@ -135,7 +195,7 @@ int attention_block_backward(const AttentionBlock *b) {
     OF(add_norm_backward, b->stream_is_f32, rows, b->hidden, b->next_stream, b->next_norm, b->next_rstd,
        b->of_next_normed, b->of_next_stream, b->of_x, b->of_said, of_next_norm, b->threads);
     int failed = gradient(&b->out, rows, b->of_said, b->seen);
-    failed |= product_backward(&b->out, rows, b->of_said, of_seen);
+    failed |= product(&b->out, 1, rows, b->of_said, of_seen);
     OF(turn, b->stream_is_f32, rows, b->heads, b->kv_heads, b->size, b->projected, b->q_norm, b->k_norm, b->head_eps,
        b->cos, b->sin, b->positions, q, k);
     failed |= attend_backward_bf16(b->sequences, b->heads, b->kv_heads, b->size, q, k, b->projected + q_width + kv_width,
@@ -144,7 +204,7 @@ int attention_block_backward(const AttentionBlock *b) {
     OF(turn_backward, b->stream_is_f32, rows, b->heads, b->kv_heads, b->size, b->projected, b->q_norm, b->k_norm,
        b->head_eps, b->cos, b->sin, b->positions, dq, dk, dv, b->of_projected, of_q_norm, of_k_norm, b->threads);
     failed |= gradient(&b->qkv, rows, b->of_projected, b->normed);
-    failed |= product_backward(&b->qkv, rows, b->of_projected, of_normed);
+    failed |= product(&b->qkv, 1, rows, b->of_projected, of_normed);
     OF(add_norm_backward, b->stream_is_f32, rows, b->hidden, b->stream, b->norm, b->rstd, of_normed, b->of_x, b->of_x,
        b->of_delta, of_norm, b->threads);
 
@@ -157,21 +217,43 @@ int attention_block_backward(const AttentionBlock *b) {
 }
 
 int gated_block(const GatedBlock *b) {
-    int failed = product(&b->gate_up, b->rows, b->y, b->projected);
-    gate_bf16(b->rows, b->width, b->projected, b->activation);
-    return failed | product(&b->down, b->rows, b->activation, b->said);
+    Ready down = ready(&b->down, 0);
+    int failed = !down.of.w || product(&b->gate_up, 0, b->rows, b->y, b->projected);
+#pragma omp parallel if (!failed) reduction(| : failed)
+    {
+        float *room = failed ? NULL : rows_room(&down.of);
+        failed |= !room;
+        FOR_EACH_CHUNK(b->rows, first, count) {
+            if (!room) continue;
+            bf16 *rows = b->activation + first * b->width;
+            gate_bf16(count, b->width, b->projected + first * 2 * b->width, rows);
+            product_of_rows(down.of, rows, b->said + first * down.of.outs, count, room);
+        }
+        free(room);
+    }
+    free(down.room);
+    return failed;
 }
 
 int gated_block_backward(const GatedBlock *b) {
     bf16 *of_activation = aligned_alloc(64, b->rows * b->width * sizeof(bf16) + 64);
-    if (!of_activation) return 1;
-    int failed = gradient(&b->down, b->rows, b->of_said, b->activation);
-    failed |= product_backward(&b->down, b->rows, b->of_said, of_activation);
-    gate_backward_bf16(b->rows, b->width, b->projected, of_activation, b->of_projected);
-    failed |= gradient(&b->gate_up, b->rows, b->of_projected, b->y);
-    failed |= product_backward(&b->gate_up, b->rows, b->of_projected, b->of_y);
-    free(of_activation);
-    return failed;
+    Ready gate_up = ready(&b->gate_up, 1);
+    int failed = !of_activation || !gate_up.of.w || gradient(&b->down, b->rows, b->of_said, b->activation) ||
+                 product(&b->down, 1, b->rows, b->of_said, of_activation);
+#pragma omp parallel if (!failed) reduction(| : failed)
+    {
+        float *room = failed ? NULL : rows_room(&gate_up.of);
+        failed |= !room;
+        FOR_EACH_CHUNK(b->rows, first, count) {
+            if (!room) continue;
+            bf16 *rows = b->of_projected + first * 2 * b->width;
+            gate_backward_bf16(count, b->width, b->projected + first * 2 * b->width, of_activation + first * b->width, rows);
+            product_of_rows(gate_up.of, rows, b->of_y + first * gate_up.of.outs, count, room);
+        }
+        free(room);
+    }
+    free(of_activation), free(gate_up.room);
+    return failed || gradient(&b->gate_up, b->rows, b->of_projected, b->y);
 }
 
 #endif

@@ -122,49 +122,77 @@ static Part part(const Product *p, Chunk c, long i, bf16 *copy) {
     return a;
 }
 
-int team_products(const Product *p, const Chunk *tasks, long count) {
-    long steps = pieces(p->ins, STEP_NUMBERS), out_blocks = pieces(p->outs, LANES), stretches = pieces(steps, NEAR_STEPS);
-    long wanted = pieces(TASKS_PER_THREAD * omp_get_num_threads(), count ? count : 1);
+/* How a product is cut: into strips of columns, and its sums into stretches of steps. */
+typedef struct {
+    long steps, stretches, strip;
+} Cut;
+
+/* Into at least so many strips, where they are wide enough. */
+static Cut cut(const Product *p, long wanted) {
+    long steps = pieces(p->ins, STEP_NUMBERS), stretches = pieces(steps, NEAR_STEPS);
     long most = stretches > 1 ? BROAD / PANEL : NEAR / (steps * 64 * PANEL) + 1;
-    long strip = PANEL * least(pieces(pieces(p->outs, wanted), PANEL), most);
-    long held = stretches > 1 ? TASK_ROWS / PANEL * (strip / PANEL) : 1; /* squares that are added to later */
-    float *sums = aligned_alloc(64, (held * 4 + NEAR_STEPS * 2) * TILE * 4);
-    bf16 *copy = (bf16 *)(sums + held * 4 * TILE);
+    return (Cut){steps, stretches, PANEL * least(pieces(pieces(p->outs, wanted), PANEL), most)};
+}
+
+/* Squares whose sums are added to later. */
+static long held(Cut cut) { return cut.stretches > 1 ? TASK_ROWS / PANEL * (cut.strip / PANEL) : 1; }
+
+static float *room_for(Cut cut) { return aligned_alloc(64, (held(cut) * 4 + NEAR_STEPS * 2) * TILE * 4); }
+
+/* Columns `from` .. `to` of a chunk; sums: as room_for makes it. */
+static void product_task(const Product *p, Cut cut, Chunk c, long from, long to, float *sums) {
+    long steps = cut.steps, out_blocks = pieces(p->outs, LANES), squares = pieces(to - from, PANEL);
+    long panels = pieces(c.end - c.first, PANEL), rows_a_square = pieces(PANEL, squares);
+    const uint32_t *matrix = p->w + c.matrix * out_blocks * steps * TILE;
+    bf16 *copy = (bf16 *)(sums + held(cut) * 4 * TILE);
+    for (long i = 0; i < panels * cut.stretches; i++) {
+        Part a = part(p, c, i, copy);
+        const bf16 *upper = a.rows, *lower = upper + LANES * a.stride / 2;
+        bf16 *y = p->y + a.r * p->outs;
+        int last = a.step + a.steps == steps;
+        Soon soon = {.write_stride = p->outs * 2, .read_stride = p->ins * 2};
+        if (last) soon.writes_a_step = pieces(a.count, a.steps);
+        if (!p->token && i + 1 < panels * cut.stretches) soon.reads = rows_a_square;
+        long next = (i + 1) / panels * NEAR_STEPS * STEP_NUMBERS;
+        soon.read = (const char *)(p->x + (c.first + (i + 1) % panels * PANEL) * p->ins + next);
+        for (long j = 0; j < squares; j++, soon.read += rows_a_square * soon.read_stride) {
+            long column = from + j * PANEL;
+            const uint32_t *left = matrix + (column / LANES * steps + a.step) * TILE;
+            const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
+            float *square_sums = cut.stretches > 1 ? sums + (i % panels * squares + j) * 4 * TILE : sums;
+            soon.write = (const char *)(y + column);
+            if (a.count > LANES) square(0, upper, lower, a.stride, 64, left, right, a.steps, a.step > 0, square_sums, soon);
+            else square(1, upper, lower, a.stride, 64, left, right, a.steps, a.step > 0, square_sums, soon);
+            if (!last) continue;
+            put_rows(square_sums, least(a.count, LANES), p->bias, column, p->outs, y);
+            put_rows(square_sums + 2 * TILE, a.count - LANES, p->bias, column, p->outs, y + LANES * p->outs);
+        }
+    }
+}
+
+int team_products(const Product *p, const Chunk *tasks, long count) {
+    Cut shared = cut(p, pieces(TASKS_PER_THREAD * omp_get_num_threads(), count ? count : 1));
+    float *sums = room_for(shared);
     tiles_on();
 #pragma omp for schedule(dynamic, 1)
-    for (long t = 0; t < count * pieces(p->outs, strip); t++) {
+    for (long t = 0; t < count * pieces(p->outs, shared.strip); t++) {
         if (!sums) continue;
-        Chunk c = tasks[t % count]; /* one after the other, so that columns stay near */
-        long from = t / count * strip, to = least(p->outs, from + strip), squares = pieces(to - from, PANEL);
-        long panels = pieces(c.end - c.first, PANEL), rows_a_square = pieces(PANEL, squares);
-        const uint32_t *matrix = p->w + c.matrix * out_blocks * steps * TILE;
-        for (long i = 0; i < panels * stretches; i++) {
-            Part a = part(p, c, i, copy);
-            const bf16 *upper = a.rows, *lower = upper + LANES * a.stride / 2;
-            bf16 *y = p->y + a.r * p->outs;
-            int last = a.step + a.steps == steps;
-            Soon soon = {.write_stride = p->outs * 2, .read_stride = p->ins * 2};
-            if (last) soon.writes_a_step = pieces(a.count, a.steps);
-            if (!p->token && i + 1 < panels * stretches) soon.reads = rows_a_square;
-            long next = (i + 1) / panels * NEAR_STEPS * STEP_NUMBERS;
-            soon.read = (const char *)(p->x + (c.first + (i + 1) % panels * PANEL) * p->ins + next);
-            for (long j = 0; j < squares; j++, soon.read += rows_a_square * soon.read_stride) {
-                long column = from + j * PANEL;
-                const uint32_t *left = matrix + (column / LANES * steps + a.step) * TILE;
-                const uint32_t *right = column / LANES + 1 < out_blocks ? left + steps * TILE : left;
-                float *square_sums = stretches > 1 ? sums + (i % panels * squares + j) * 4 * TILE : sums;
-                soon.write = (const char *)(y + column);
-                if (a.count > LANES) square(0, upper, lower, a.stride, 64, left, right, a.steps, a.step > 0, square_sums, soon);
-                else square(1, upper, lower, a.stride, 64, left, right, a.steps, a.step > 0, square_sums, soon);
-                if (!last) continue;
-                put_rows(square_sums, least(a.count, LANES), p->bias, column, p->outs, y);
-                put_rows(square_sums + 2 * TILE, a.count - LANES, p->bias, column, p->outs, y + LANES * p->outs);
-            }
-        }
+        long from = t / count * shared.strip, to = least(p->outs, from + shared.strip);
+        product_task(p, shared, tasks[t % count], from, to, sums); /* one after the other, so that columns stay near */
     }
     tiles_off();
     free(sums);
     return !sums;
+}
+
+float *rows_room(const Product *p) { return room_for(cut(p, 1)); }
+
+void rows_product(const Product *p, long rows, float *room) {
+    Cut alone = cut(p, 1);
+    tiles_on();
+    for (long from = 0; from < p->outs; from += alone.strip)
+        product_task(p, alone, (Chunk){0, 0, rows}, from, least(p->outs, from + alone.strip), room);
+    tiles_off();
 }
 
 /* y [rows, outs] = x w^T + bias, rounded once. Returns nonzero without memory. */

@@ -37,6 +37,10 @@ typedef struct {
    done. Returns nonzero without memory. */
 int team_products(const Product *p, const Chunk *tasks, long count);
 
+/* Of up to TASK_ROWS rows of one matrix, by one thread, and the room that this takes, NULL without memory. */
+float *rows_room(const Product *p);
+void rows_product(const Product *p, long rows, float *room);
+
 #ifdef __AMX_BF16__
 
 INLINE long pieces(long count, long size) { return (count + size - 1) / size; }

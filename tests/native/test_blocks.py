@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import test_recorded
 import torch
 from native_models import KINDS
 from test_recorded import build_native, make_batch, said_of, slopes
@@ -78,6 +79,15 @@ def test_blocks_say_what_their_operations_say(
     one_by_one(monkeypatch)
     assert same(ours, learnt(model, none_of, **asked))
     assert len(calls) == 6 + 3 * dense
+
+
+def test_more_tokens_than_a_chunk_of_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are 735, and go through in chunks of 256."""
+    monkeypatch.setattr(test_recorded, "RESPONSES", [[150, 170], [90, 141, 60], [112]])
+    model = build_native("llama with biases")
+    ours = learnt(model, [1])
+    one_by_one(monkeypatch)
+    assert same(ours, learnt(model, [1]))
 
 
 def test_layers_that_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
