@@ -2,16 +2,18 @@
 
 /* silu(gate) * up, of gate_up [rows, 2 width] -> out [rows, width]. */
 void NAME(gate)(long rows, long width, const C *gate_up, C *out) {
+    int far = is_far(out, rows * width * sizeof(C));
 #pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (long r = 0; r < rows; r++)
         for (long i = 0; i < width; i += LANES) {
             fetch_ahead(gate_up + 2 * r * width + i), fetch_ahead(gate_up + (2 * r + 1) * width + i);
             vf gate = LOAD_C(gate_up + 2 * r * width + i), up = LOAD_C(gate_up + (2 * r + 1) * width + i);
-            STORE_C(out + r * width + i, gate / (1.0f + vexp(-gate)) * up);
+            PLACE_C(far, out + r * width + i, gate / (1.0f + vexp(-gate)) * up);
         }
 }
 
 void NAME(gate_backward)(long rows, long width, const C *gate_up, const C *dout, C *dgate_up) {
+    int far = is_far(dgate_up, 2 * rows * width * sizeof(C));
 #pragma omp parallel for schedule(static) if (rows * width > 8192)
     for (long r = 0; r < rows; r++)
         for (long i = 0; i < width; i += LANES) {
@@ -19,8 +21,8 @@ void NAME(gate_backward)(long rows, long width, const C *gate_up, const C *dout,
             fetch_ahead(gate_up + at), fetch_ahead(gate_up + at + width), fetch_ahead(dout + r * width + i);
             vf gate = LOAD_C(gate_up + at), up = LOAD_C(gate_up + at + width), d = LOAD_C(dout + r * width + i);
             vf sigmoid = 1.0f / (1.0f + vexp(-gate)), silu = gate * sigmoid;
-            STORE_C(dgate_up + at, d * up * (sigmoid + silu * (1.0f - sigmoid)));
-            STORE_C(dgate_up + at + width, d * silu);
+            PLACE_C(far, dgate_up + at, d * up * (sigmoid + silu * (1.0f - sigmoid)));
+            PLACE_C(far, dgate_up + at + width, d * silu);
         }
 }
 

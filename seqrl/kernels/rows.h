@@ -6,6 +6,7 @@
 /* x_out = x + delta, y = x_out / rms(x_out) * weight. delta may be NULL. `rstd` [rows], may be NULL. */
 void NAME(add_norm)(long rows, long width, const S *x, const C *delta, const S *weight, float eps, S *x_out,
                     C *y, float *rstd) {
+    int far = is_far(y, rows * width * sizeof(C));
 #pragma omp parallel for schedule(static) if (rows * width > 16384)
     for (long r = 0; r < rows; r++) {
         const S *from = x + r * width;
@@ -25,7 +26,7 @@ void NAME(add_norm)(long rows, long width, const S *x, const C *delta, const S *
         float scale = 1.0f / sqrtf(sum(squares) / width + eps);
         if (rstd) rstd[r] = scale;
         for (long i = 0; i < width; i += LANES)
-            STORE_C(y + r * width + i, LOAD_S(to + i) * scale * LOAD_S(weight + i));
+            PLACE_C(far, y + r * width + i, LOAD_S(to + i) * scale * LOAD_S(weight + i));
     }
 }
 
@@ -33,6 +34,7 @@ void NAME(add_norm)(long rows, long width, const S *x, const C *delta, const S *
    ddelta, which may be NULL. `dweight` [threads, width] float32, zeros, is added to, a row for each thread. */
 void NAME(add_norm_backward)(long rows, long width, const S *x_out, const S *weight, const float *rstd,
                              const C *dy, const S *carried, S *dx, C *ddelta, float *dweight, long threads) {
+    int far = is_far(dx, rows * width * sizeof(S)), ddelta_far = is_far(ddelta, rows * width * sizeof(C));
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (long t = 0; t < threads; t++) {
         float *dw = dweight + t * width;
@@ -53,8 +55,8 @@ void NAME(add_norm_backward)(long rows, long width, const S *x_out, const S *wei
                 vf normed = LOAD_S(xr + i) * scale;
                 vf d = (LOAD_C(dyr + i) * LOAD_S(weight + i) - normed * mean) * scale;
                 if (carried) d += LOAD_S(carried + r * width + i);
-                STORE_S(dx + r * width + i, d);
-                if (ddelta) STORE_C(ddelta + r * width + i, d);
+                PLACE_S(far, dx + r * width + i, d);
+                if (ddelta) PLACE_C(ddelta_far, ddelta + r * width + i, d);
             }
         }
     }
@@ -66,6 +68,7 @@ void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, c
                 const S *k_weight, float eps, const float *cos, const float *sin, const int64_t *positions, C *q,
                 C *k) {
     long half = size / 2, width = (heads + 2 * kv_heads) * size;
+    int q_far = is_far(q, rows * heads * size * sizeof(C)), k_far = is_far(k, rows * kv_heads * size * sizeof(C));
 #pragma omp parallel for schedule(static) if (rows * width > 16384)
     for (long r = 0; r < rows; r++) {
         const float *c = cos + positions[r] * half, *s = sin + positions[r] * half;
@@ -74,6 +77,7 @@ void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, c
             const S *weight = h < heads ? q_weight : k_weight;
             long at = h < heads ? (r * heads + h) * size : (r * kv_heads + h - heads) * size;
             C *to = h < heads ? q : k;
+            int far = h < heads ? q_far : k_far;
             float scale = 1;
             for (long i = 0; i < size; i += LANES) fetch_ahead(from + i);
             if (weight) {
@@ -85,8 +89,8 @@ void NAME(turn)(long rows, long heads, long kv_heads, long size, const C *qkv, c
                 vf a = LOAD_C(from + i) * scale, b = LOAD_C(from + half + i) * scale;
                 if (weight) a *= LOAD_S(weight + i), b *= LOAD_S(weight + half + i);
                 vf ci = load_f32(c + i), si = load_f32(s + i);
-                STORE_C(to + at + i, a * ci - b * si);
-                STORE_C(to + at + half + i, b * ci + a * si);
+                PLACE_C(far, to + at + i, a * ci - b * si);
+                PLACE_C(far, to + at + half + i, b * ci + a * si);
             }
         }
     }
@@ -98,12 +102,13 @@ void NAME(turn_backward)(long rows, long heads, long kv_heads, long size, const 
                          const int64_t *positions, const float *dq, const float *dk, const float *dv, C *dqkv,
                          float *dq_weight, float *dk_weight, long threads) {
     long half = size / 2, width = (heads + 2 * kv_heads) * size;
+    int far = is_far(dqkv, rows * width * sizeof(C));
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (long t = 0; t < threads; t++)
         for (long r = rows * t / threads; r < rows * (t + 1) / threads; r++) {
             const float *c = cos + positions[r] * half, *s = sin + positions[r] * half;
             for (long i = 0; i < kv_heads * size; i += LANES)
-                STORE_C(dqkv + r * width + (heads + kv_heads) * size + i, load_f32(dv + r * kv_heads * size + i));
+                PLACE_C(far, dqkv + r * width + (heads + kv_heads) * size + i, load_f32(dv + r * kv_heads * size + i));
             for (long h = 0; h < heads + kv_heads; h++) {
                 const C *from = qkv + r * width + h * size;
                 C *to = dqkv + r * width + h * size;
@@ -135,8 +140,8 @@ void NAME(turn_backward)(long rows, long heads, long kv_heads, long size, const 
                         da = (da * LOAD_S(weight + i) - a * mean) * scale;
                         db = (db * LOAD_S(weight + half + i) - b * mean) * scale;
                     }
-                    STORE_C(to + i, da);
-                    STORE_C(to + half + i, db);
+                    PLACE_C(far, to + i, da);
+                    PLACE_C(far, to + half + i, db);
                 }
             }
         }

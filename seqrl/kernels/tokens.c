@@ -5,9 +5,11 @@
 #define S float
 #define LOAD_S load_f32
 #define STORE_S store_f32
+#define PLACE_S place_f32
 #define C float
 #define LOAD_C load_f32
 #define STORE_C store_f32
+#define PLACE_C place_f32
 #define GET_C get_f32
 #define NAME(x) x##_f32_f32
 #include "rows.h"
@@ -18,11 +20,13 @@
 #undef C
 #undef LOAD_C
 #undef STORE_C
+#undef PLACE_C
 #undef GET_C
 
 #define C bf16
 #define LOAD_C load_bf16
 #define STORE_C store_bf16
+#define PLACE_C place_bf16
 #define GET_C get_bf16
 #define NAME(x) x##_f32_bf16
 #include "rows.h"
@@ -33,10 +37,12 @@
 #undef S
 #undef LOAD_S
 #undef STORE_S
+#undef PLACE_S
 
 #define S bf16
 #define LOAD_S load_bf16
 #define STORE_S store_bf16
+#define PLACE_S place_bf16
 #define NAME(x) x##_bf16_bf16
 #include "rows.h"
 

@@ -69,6 +69,24 @@ static inline vf fused_pairs(vu a, vu b, vf c) {
 #define BYTES_AHEAD 4096
 static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + BYTES_AHEAD, 0, 2); }
 
+/* Whether `p`, of so many bytes, is written around the caches: they do not hold it until it is read, and would only
+   have it read before it is written. */
+#define FAR_BYTES (4 << 20)
+static inline int is_far(const void *p, long bytes) { return bytes >= FAR_BYTES && (uintptr_t)p % 64 == 0; }
+
+static inline void place_f32(int far, float *p, vf x) {
+#ifdef __AVX512F__
+    if (far) {
+        _mm512_stream_ps(p, (__m512)x);
+        return;
+    }
+#endif
+    store_f32(p, x);
+}
+
+/* Never: 16 numbers are half of what goes around at once. */
+static inline void place_bf16(int far, bf16 *p, vf x) { store_bf16(p, x); }
+
 static inline float get_f32(const float *p) { return *p; }
 static inline void put_f32(float *p, float x) { *p = x; }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seqrl.kernels import (
     PackedExperts,
+    Spans,
     Turn,
     add_norm,
     combined,
@@ -22,6 +23,7 @@ from seqrl.kernels import (
     linear,
     pairs_by_expert,
     product,
+    self_attention,
     turned,
 )
 from seqrl.kernels.products import recurring
@@ -196,6 +198,38 @@ def test_gates_far_out(in_c: bool) -> None:
     right = torch.stack([2 * (gate > 0).double(), F.silu(gate.double())])
     torch.testing.assert_close(gradient[:, :8].double(), right[:, :8], rtol=1e-6, atol=1e-35)
     assert gradient[:, number].isfinite().all() and gradient[:, 8].isnan().all()
+
+
+def test_what_is_written_around_the_caches(c_only: None) -> None:
+    """Large results are those of parts that are small enough to be written as usual, bit for bit."""
+    sequences, length, width = 21, 100, 512
+    tokens = sequences * length
+    assert tokens * width * 4 > 4 << 20
+    turn = Turn(8, 4, 64, *rotary(torch.arange(length), 64), eps=EPS)
+    norms = 1 + random(2, 64, seed=5)
+    x, delta, weight = random(tokens, width), random(tokens, width, seed=1), random(width, seed=2)
+    gate_up, qkv = random(tokens, 2 * width, seed=3), random(tokens, 2 * width, seed=4)
+
+    def made(count: int, first: int) -> list[Tensor]:
+        """Of `count` sequences."""
+        rows = slice(first * length, (first + count) * length)
+        given = [t[rows].clone().requires_grad_() for t in (x, delta, qkv)]
+        starts = torch.arange(count) * length
+        spans = Spans(0 * starts, 0 * starts, starts, starts * 0 + length)
+        positions = torch.arange(length).repeat(count)
+        added, normed = add_norm(given[0], given[1], weight, EPS, F32)
+        seen = self_attention(given[2], *norms, positions, turn, spans)
+        torch.autograd.backward([added, normed, seen], [x[rows], delta[rows], x[rows]])
+        gates = gate_up[rows]
+        return [
+            *(t.grad for t in given if t.grad is not None),
+            *(normed.detach(), *turned(qkv[rows], positions, turn, *norms)[:2]),
+            *(gated(gates), gated_backward(gates, x[rows])),
+        ]
+
+    parts = [made(7, first) for first in (0, 7, 14)]
+    for whole, *in_parts in zip(made(sequences, 0), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(in_parts))
 
 
 def sorted_pairs(tokens: int, top_k: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
