@@ -35,8 +35,12 @@ PEAK_SHAPES = (
     (4096, 1024, 4096),
 )
 """Rows, inner and columns of what `matrix_peak` multiplies: square, and tall as in training."""
+PEAK_WAYS = 3
+"""To multiply each of them."""
 PEAK_SECONDS = 0.1
-"""How long each of them is repeated."""
+"""How long each of these is repeated."""
+PEAK_WINDOW = len(PEAK_SHAPES) * PEAK_WAYS * PEAK_SECONDS
+"""In so many seconds `matrix_peak` finds the best."""
 
 
 def take_turns(
@@ -94,11 +98,13 @@ def matrix_peak(dtype: torch.dtype) -> float:
     for rows, inner, columns in PEAK_SHAPES:
         x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
         transposed = weight.t().contiguous()
-        for run in (
+        ways = (
             lambda: torch.mm(x, transposed),  # noqa: B023
             lambda: linear(x, weight),  # noqa: B023
             lambda: product(x, weight),  # noqa: B023
-        ):
+        )
+        assert len(ways) == PEAK_WAYS
+        for run in ways:
             best = max(best, 2 * rows * inner * columns / _shortest(run))
     return best
 
