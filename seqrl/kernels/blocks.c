@@ -1,11 +1,14 @@
 /* The two blocks of a layer on tiles, in training: attention from its norm to the next, and the gated feed-forward
    layer. Each is one call, and one for its gradient, of the operations that there are by themselves, so that the
    numbers are theirs. */
+#include <omp.h>
+
 #include "attention.h"
 #include "tiles.h"
 #include "tokens.h"
 
 #define PARTS 3
+#define CHUNKS_PER_THREAD 2L /* at least, for rows to go through several operations chunk by chunk */
 
 /* A matrix [outs, ins], its rows in parts one below the other: where each ends, where it lies and where its gradient
    goes; no gradients are asked for where the first is 0. */
@@ -43,7 +46,7 @@ typedef struct {
     const bf16 *y;
     bf16 *projected, *activation, *said; /* made forward; the first two are read backward */
     const bf16 *of_said;
-    bf16 *of_projected, *of_y;
+    bf16 *of_activation, *of_projected, *of_y;
 } GatedBlock;
 
 #ifndef __AMX_BF16__
@@ -90,16 +93,37 @@ static int product(const Matrix *m, int back, long rows, const bf16 *x, bf16 *y)
     return failed;
 }
 
-/* Of some rows, by one thread. */
-static void product_of_rows(Product of, const bf16 *x, bf16 *y, long rows, float *room) {
+/* A product of some rows: by one thread in its `room`, or by all where that is NULL. */
+static int product_of_rows(Product of, const bf16 *x, bf16 *y, long rows, float *room) {
+    if (!room) return tile_products(1, rows, of.ins, of.outs, x, NULL, of.w, NULL, of.bias, y);
     of.x = x, of.y = y;
     rows_product(&of, rows, room);
+    return 0;
 }
 
-/* Each chunk of rows goes through several operations while it is near. */
-#define FOR_EACH_CHUNK(rows, first, count)                                                                             \
-    _Pragma("omp for schedule(dynamic, 1)") for (long first = 0; first < (rows); first += TASK_ROWS)                   \
-        for (long count = least((rows) - first, TASK_ROWS), once = 1; once; once = 0)
+/* Operations of `count` rows from `first` on, one of them a product. Returns nonzero without memory. */
+typedef int (*Chain)(const void *block, Product of, long first, long count, float *room);
+
+/* Chunk by chunk, each by one thread while it is near; all rows at once where they are too few for that. */
+static int by_chunks(Chain chain, const void *block, const Matrix *m, int back, long rows) {
+    Ready r = ready(m, back);
+    if (!r.of.w) return 1;
+    int failed = 0;
+    if (rows < CHUNKS_PER_THREAD * TASK_ROWS * omp_get_max_threads())
+        failed = chain(block, r.of, 0, rows, NULL);
+    else
+#pragma omp parallel reduction(| : failed)
+    {
+        float *room = rows_room(&r.of);
+        failed |= !room;
+#pragma omp for schedule(dynamic, 1)
+        for (long first = 0; first < rows; first += TASK_ROWS)
+            if (room) failed |= chain(block, r.of, first, least(rows - first, TASK_ROWS), room);
+        free(room);
+    }
+    free(r.room);
+    return failed;
+}
 
 static int gradient(const Matrix *m, long rows, const bf16 *dy, const bf16 *x) {
     if (!m->gradients[0]) return 0;
@@ -121,62 +145,48 @@ static void *stream_at(const AttentionBlock *b, const void *x, long first) {
     return (char *)x + first * b->hidden * (b->stream_is_f32 ? sizeof(float) : sizeof(bf16));
 }
 
+/* Where the turned heads of a block go on their way to attention. */
+typedef struct {
+    const AttentionBlock *block;
+    bf16 *q, *k;
+} Heads;
+
 /* Up to the queries and keys. */
-static int projected(const AttentionBlock *b, bf16 *q, bf16 *k) {
-    long q_width = b->heads * b->size, kv_width = b->kv_heads * b->size, width = q_width + 2 * kv_width;
-    Ready qkv = ready(&b->qkv, 0);
-    int failed = !qkv.of.w;
-#pragma omp parallel if (!failed) reduction(| : failed)
-    {
-        float *room = failed ? NULL : rows_room(&qkv.of);
-        failed |= !room;
-        FOR_EACH_CHUNK(b->rows, first, count) {
-            if (!room) continue;
-            long at = first * b->hidden;
-            bf16 *rows = b->projected + first * width;
-            OF(add_norm, b->stream_is_f32, count, b->hidden, stream_at(b, b->x, first), b->delta ? b->delta + at : NULL,
-               b->norm, b->eps, stream_at(b, b->stream, first), b->normed + at, b->rstd + first);
-            product_of_rows(qkv.of, b->normed + at, rows, count, room);
-            OF(turn, b->stream_is_f32, count, b->heads, b->kv_heads, b->size, rows, b->q_norm, b->k_norm, b->head_eps,
-               b->cos, b->sin, b->positions + first, q + first * q_width, k + first * kv_width);
-        }
-        free(room);
-    }
-    free(qkv.room);
+static int to_heads(const void *heads, Product qkv, long first, long count, float *room) {
+    const Heads *h = heads;
+    const AttentionBlock *b = h->block;
+    bf16 *normed = b->normed + first * b->hidden, *projected = b->projected + first * qkv.outs;
+    OF(add_norm, b->stream_is_f32, count, b->hidden, stream_at(b, b->x, first), b->delta ? b->delta + first * b->hidden : NULL,
+       b->norm, b->eps, stream_at(b, b->stream, first), normed, b->rstd + first);
+    int failed = product_of_rows(qkv, normed, projected, count, room);
+    OF(turn, b->stream_is_f32, count, b->heads, b->kv_heads, b->size, projected, b->q_norm, b->k_norm, b->head_eps, b->cos,
+       b->sin, b->positions + first, h->q + first * b->heads * b->size, h->k + first * b->kv_heads * b->size);
     return failed;
 }
 
 /* From what attention has seen to the next norm. */
-static int added(const AttentionBlock *b) {
-    Ready out = ready(&b->out, 0);
-    int failed = !out.of.w;
-#pragma omp parallel if (!failed) reduction(| : failed)
-    {
-        float *room = failed ? NULL : rows_room(&out.of);
-        bf16 *said = room ? aligned_alloc(64, TASK_ROWS * b->hidden * sizeof(bf16)) : NULL;
-        failed |= !said;
-        FOR_EACH_CHUNK(b->rows, first, count) {
-            if (!said) continue;
-            long at = first * b->hidden;
-            product_of_rows(out.of, b->seen + first * out.of.ins, said, count, room);
-            OF(add_norm, b->stream_is_f32, count, b->hidden, stream_at(b, b->stream, first), said, b->next_norm, b->next_eps,
-               stream_at(b, b->next_stream, first), b->next_normed + at, b->next_rstd + first);
-        }
-        free(room), free(said);
-    }
-    free(out.room);
+static int from_heads(const void *block, Product out, long first, long count, float *room) {
+    const AttentionBlock *b = block;
+    bf16 *said = aligned_alloc(64, pieces(count * b->hidden, STEP_NUMBERS) * STEP_NUMBERS * sizeof(bf16));
+    if (!said) return 1;
+    int failed = product_of_rows(out, b->seen + first * out.ins, said, count, room);
+    OF(add_norm, b->stream_is_f32, count, b->hidden, stream_at(b, b->stream, first), said, b->next_norm, b->next_eps,
+       stream_at(b, b->next_stream, first), b->next_normed + first * b->hidden, b->next_rstd + first);
+    free(said);
     return failed;
 }
 
 int attention_block(const AttentionBlock *b) {
     long q_width = b->heads * b->size, kv_width = b->kv_heads * b->size;
-    bf16 *q = aligned_alloc(64, b->rows * (q_width + kv_width) * sizeof(bf16) + 64), *k = q + b->rows * q_width;
-    int failed = !q || projected(b, q, k);
-    failed = failed || attend_forward_bf16(b->sequences, b->heads, b->kv_heads, b->size, q, k,
+    bf16 *q = aligned_alloc(64, b->rows * (q_width + kv_width) * sizeof(bf16) + 64);
+    if (!q) return 1;
+    Heads heads = {b, q, q + b->rows * q_width};
+    int failed = by_chunks(to_heads, &heads, &b->qkv, 0, b->rows);
+    failed = failed || attend_forward_bf16(b->sequences, b->heads, b->kv_heads, b->size, q, heads.k,
                                            b->projected + q_width + kv_width, q_width + 2 * kv_width, b->shared,
                                            b->shared_columns, b->own, b->own_columns, b->rows, b->seen, b->lse);
     free(q);
-    return failed || added(b);
+    return failed || by_chunks(from_heads, b, &b->out, 0, b->rows);
 }
 
 int attention_block_backward(const AttentionBlock *b) {
@@ -216,44 +226,29 @@ int attention_block_backward(const AttentionBlock *b) {
     return failed;
 }
 
+static int gated(const void *block, Product down, long first, long count, float *room) {
+    const GatedBlock *b = block;
+    bf16 *activation = b->activation + first * b->width;
+    gate_bf16(count, b->width, b->projected + first * 2 * b->width, activation);
+    return product_of_rows(down, activation, b->said + first * down.outs, count, room);
+}
+
 int gated_block(const GatedBlock *b) {
-    Ready down = ready(&b->down, 0);
-    int failed = !down.of.w || product(&b->gate_up, 0, b->rows, b->y, b->projected);
-#pragma omp parallel if (!failed) reduction(| : failed)
-    {
-        float *room = failed ? NULL : rows_room(&down.of);
-        failed |= !room;
-        FOR_EACH_CHUNK(b->rows, first, count) {
-            if (!room) continue;
-            bf16 *rows = b->activation + first * b->width;
-            gate_bf16(count, b->width, b->projected + first * 2 * b->width, rows);
-            product_of_rows(down.of, rows, b->said + first * down.of.outs, count, room);
-        }
-        free(room);
-    }
-    free(down.room);
-    return failed;
+    return product(&b->gate_up, 0, b->rows, b->y, b->projected) || by_chunks(gated, b, &b->down, 0, b->rows);
+}
+
+static int gated_backward(const void *block, Product gate_up, long first, long count, float *room) {
+    const GatedBlock *b = block;
+    bf16 *of_projected = b->of_projected + first * 2 * b->width;
+    gate_backward_bf16(count, b->width, b->projected + first * 2 * b->width, b->of_activation + first * b->width, of_projected);
+    return product_of_rows(gate_up, of_projected, b->of_y + first * gate_up.outs, count, room);
 }
 
 int gated_block_backward(const GatedBlock *b) {
-    bf16 *of_activation = aligned_alloc(64, b->rows * b->width * sizeof(bf16) + 64);
-    Ready gate_up = ready(&b->gate_up, 1);
-    int failed = !of_activation || !gate_up.of.w || gradient(&b->down, b->rows, b->of_said, b->activation) ||
-                 product(&b->down, 1, b->rows, b->of_said, of_activation);
-#pragma omp parallel if (!failed) reduction(| : failed)
-    {
-        float *room = failed ? NULL : rows_room(&gate_up.of);
-        failed |= !room;
-        FOR_EACH_CHUNK(b->rows, first, count) {
-            if (!room) continue;
-            bf16 *rows = b->of_projected + first * 2 * b->width;
-            gate_backward_bf16(count, b->width, b->projected + first * 2 * b->width, of_activation + first * b->width, rows);
-            product_of_rows(gate_up.of, rows, b->of_y + first * gate_up.of.outs, count, room);
-        }
-        free(room);
-    }
-    free(of_activation), free(gate_up.room);
-    return failed || gradient(&b->gate_up, b->rows, b->of_projected, b->y);
+    return gradient(&b->down, b->rows, b->of_said, b->activation) ||
+           product(&b->down, 1, b->rows, b->of_said, b->of_activation) ||
+           by_chunks(gated_backward, b, &b->gate_up, 1, b->rows) ||
+           gradient(&b->gate_up, b->rows, b->of_projected, b->y);
 }
 
 #endif

@@ -43,12 +43,15 @@ def call(name: str, *arguments: Any) -> None:
     """Calls the C function with tensors as pointers. Raises MemoryError where it found none."""
     loaded = library()
     assert loaded is not None, "asked without a look at `fits`"
-    said = [_address(x) if isinstance(x, Tensor) else x for x in arguments]
+    said = [address(x) if isinstance(x, Tensor) else x for x in arguments]
     if getattr(loaded, name)(*said):
         raise MemoryError(f"{name}: no memory for scratch space")
 
 
-def _address(x: Tensor) -> int:
+def address(x: Tensor | None) -> int | None:
+    """Of its numbers; NULL of None."""
+    if x is None:
+        return None
     assert x.is_contiguous(), "the C reads numbers side by side"
     return x.data_ptr()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqrl.kernels import Spans, Tiles, Turn, current, fits, made, self_attention
-from seqrl.kernels.call import call
+from seqrl.kernels.call import address, call
 from seqrl.native.weights import Dense, Layer, Linear
 
 _PARTS = 3
@@ -57,7 +57,7 @@ class _GatedBlock(Structure):
         *((name, c_long) for name in ("rows", "width")),
         *((name, _Matrix) for name in ("gate_up", "down")),
         *((name, c_void_p) for name in ("y", "projected", "activation", "said")),
-        *((name, c_void_p) for name in ("of_said", "of_projected", "of_y")),
+        *((name, c_void_p) for name in ("of_said", "of_activation", "of_projected", "of_y")),
     ]
 
 
@@ -126,7 +126,7 @@ def _attend(layer: Layer, x: Tensor, delta: Tensor | None, at: Causal) -> _Atten
         next_normed=torch.empty_like(x, dtype=dtype),
     )
     block = _attention_block(layer, at, made)
-    block.x, block.delta = _address(x), _address(delta)
+    block.x, block.delta = address(x), address(delta)
     call("attention_block", ctypes.addressof(block))
     return made
 
@@ -142,23 +142,23 @@ def _attention_block(layer: Layer, at: Causal, made: _Attended) -> _AttentionBlo
         stream_is_f32=made.stream.dtype == torch.float32,
         threads=torch.get_num_threads(),
         sequences=len(spans.own),
-        cos=_address(turn.cos),
-        sin=_address(turn.sin),
-        positions=_address(at.positions),
-        shared=_address(spans.shared),
-        shared_columns=_address(spans.shared_columns),
-        own=_address(spans.own),
-        own_columns=_address(spans.own_columns),
-        norm=_address(layer.attention_norm.weight),
-        q_norm=_address(layer.q_norm),
-        k_norm=_address(layer.k_norm),
-        next_norm=_address(layer.mlp_norm.weight),
+        cos=address(turn.cos),
+        sin=address(turn.sin),
+        positions=address(at.positions),
+        shared=address(spans.shared),
+        shared_columns=address(spans.shared_columns),
+        own=address(spans.own),
+        own_columns=address(spans.own_columns),
+        norm=address(layer.attention_norm.weight),
+        q_norm=address(layer.q_norm),
+        k_norm=address(layer.k_norm),
+        next_norm=address(layer.mlp_norm.weight),
         eps=layer.attention_norm.eps,
         head_eps=turn.eps,
         next_eps=layer.mlp_norm.eps,
         qkv=_matrix(layer.qkv),
         out=_matrix(layer.out),
-        **{name: _address(x) for name, x in made._asdict().items()},
+        **{name: address(x) for name, x in made._asdict().items()},
     )
 
 
@@ -184,10 +184,10 @@ class _AttentionFunction(torch.autograd.Function):
         same_type = of_x.dtype == of_said.dtype
         of_delta = None if not wants_delta else of_x if same_type else torch.empty_like(of_said)
         of_norms = [None if weight is None else torch.empty_like(weight) for weight in _norms(layer)]
-        block.of_next_stream, block.of_next_normed = _address(of_stream), _address(of_normed)
-        block.of_x, block.of_delta = _address(of_x), None if same_type else _address(of_delta)
-        block.of_said, block.of_projected = _address(of_said), _address(of_projected)
-        block.of_norm, block.of_next_norm, block.of_q_norm, block.of_k_norm = map(_address, of_norms)
+        block.of_next_stream, block.of_next_normed = address(of_stream), address(of_normed)
+        block.of_x, block.of_delta = address(of_x), None if same_type else address(of_delta)
+        block.of_said, block.of_projected = address(of_said), address(of_projected)
+        block.of_norm, block.of_next_norm, block.of_q_norm, block.of_k_norm = map(address, of_norms)
         of_qkv, of_out = _gradients(block.qkv, layer.qkv), _gradients(block.out, layer.out)
         call("attention_block_backward", ctypes.addressof(block))
         of_qkv_bias, of_out_bias = _of_bias(layer.qkv, of_projected), _of_bias(layer.out, of_said)
@@ -233,8 +233,8 @@ def _gated_block(dense: Dense, y: Tensor, made: _Fed) -> _GatedBlock:
         width=dense.width,
         gate_up=_matrix(dense.gate_up),
         down=_matrix(dense.down),
-        y=_address(y),
-        **{name: _address(x) for name, x in made._asdict().items()},
+        y=address(y),
+        **{name: address(x) for name, x in made._asdict().items()},
     )
 
 
@@ -252,8 +252,9 @@ class _GatedFunction(torch.autograd.Function):
         (y, projected, activation), dense = ctx.saved_tensors, ctx.dense
         grad = grad.contiguous()
         block = _gated_block(dense, y, _Fed(None, projected, activation))
-        of_projected, of_y = torch.empty_like(projected), torch.empty_like(y)
-        block.of_said, block.of_projected, block.of_y = map(_address, (grad, of_projected, of_y))
+        of_activation, of_projected, of_y = (torch.empty_like(x) for x in (activation, projected, y))
+        block.of_said, block.of_activation = address(grad), address(of_activation)
+        block.of_projected, block.of_y = address(of_projected), address(of_y)
         of_gate_up, of_down = _gradients(block.gate_up, dense.gate_up), _gradients(block.down, dense.down)
         call("gated_block_backward", ctypes.addressof(block))
         of_gate_up_bias, of_down_bias = _of_bias(dense.gate_up, of_projected), _of_bias(dense.down, grad)
@@ -284,7 +285,7 @@ def _matrix(linear: Linear) -> _Matrix:
     assert isinstance(tiles, Tiles)
     result = _Matrix(outs=tiles.outs, ins=tiles.ins, parts=len(tiles.sources))
     result.is_f32 = tiles.sources[0].dtype == torch.float32
-    result.columns, result.bias = _address(tiles.columns), _address(linear.bias)
+    result.columns, result.bias = address(tiles.columns), address(linear.bias)
     end = 0
     for part, source in enumerate(tiles.sources):
         end += len(source)
@@ -305,10 +306,3 @@ def _gradients(matrix: _Matrix, linear: Linear) -> list[Tensor] | list[None]:
 
 def _of_bias(linear: Linear, grad: Tensor) -> Tensor | None:
     return None if linear.bias is None else grad.sum(0)
-
-
-def _address(x: Tensor | None) -> int | None:
-    if x is None:
-        return None
-    assert x.is_contiguous(), "the C reads numbers side by side"
-    return x.data_ptr()

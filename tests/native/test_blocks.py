@@ -81,9 +81,9 @@ def test_blocks_say_what_their_operations_say(
     assert len(calls) == 6 + 3 * dense
 
 
-def test_more_tokens_than_a_chunk_of_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are 735, and go through in chunks of 256."""
-    monkeypatch.setattr(test_recorded, "RESPONSES", [[150, 170], [90, 141, 60], [112]])
+def test_many_tokens_go_through_in_chunks(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are 1,095, and go through in chunks of 256, by one thread or by two; fewer go all at once."""
+    monkeypatch.setattr(test_recorded, "RESPONSES", [[150, 170, 160], [190, 141, 160], [112]])
     model = build_native("llama with biases")
     ours = learnt(model, [1])
     one_by_one(monkeypatch)
