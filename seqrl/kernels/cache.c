@@ -31,13 +31,14 @@ INLINE void append(int pairs, long tokens, long kv_heads, long size, long blocks
                        at(pairs, v, t * v_stride + h * size), keys, values);
 }
 
-/* Scores of 16 `blocks` keys for some heads of a group, [heads, KEYS]. */
-INLINE void scores_of(int pairs, int heads, int blocks, Shape s, const uint32_t *q, const uint32_t *keys,
+/* Scores of 16 `blocks` keys for some heads of a group, [heads, KEYS]. Asks for what lies `ahead` words after them. */
+INLINE void scores_of(int pairs, int heads, int blocks, Shape s, const uint32_t *q, const uint32_t *keys, long ahead,
                       float *scores) {
     vf sums[2][2] = {{{0}}};
     for (long d = 0; d < s.words; d++)
         for (int b = 0; b < blocks; b++) {
             word key = words_at(keys + (b * s.words + d) * LANES);
+            __builtin_prefetch(keys + (b * s.words + d) * LANES + ahead, 0, 2);
             for (int h = 0; h < heads; h++) sums[h][b] = multiply(pairs, splat_word(q[h * s.words + d]), key, sums[h][b]);
         }
     for (int h = 0; h < heads; h++)
@@ -47,13 +48,17 @@ INLINE void scores_of(int pairs, int heads, int blocks, Shape s, const uint32_t 
 /* Adds to `heads` rows of out [heads, size] what `count` columns say in 16 `vectors` of their numbers; weights
    [heads, KEYS] as words. */
 INLINE void add_values(int pairs, int heads, int vectors, Shape s, const uint32_t *weights, const void *values,
-                       long count, float *out) {
+                       long count, long ahead, float *out) {
     vf sums[2][4];
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < vectors; i++) sums[h][i] = load_f32(out + h * s.size + i * LANES);
     for (long c = 0; c < count; c += 1 + pairs)
         for (int i = 0; i < vectors; i++) {
             const void *value = at(pairs, values, c * s.size + i * LANES);
+            if (!pairs || i % 2 == 0) {
+                __builtin_prefetch((const uint32_t *)value + ahead, 0, 2);
+                if (pairs) __builtin_prefetch((const uint32_t *)at(pairs, value, s.size) + ahead, 0, 2);
+            }
             word w = of_rows(pairs, value, c + 1 < count ? at(pairs, value, s.size) : NULL);
             for (int h = 0; h < heads; h++)
                 sums[h][i] = multiply(pairs, splat_word(weights[(h * KEYS + c) >> pairs]), w, sums[h][i]);
@@ -62,17 +67,17 @@ INLINE void add_values(int pairs, int heads, int vectors, Shape s, const uint32_
         for (int i = 0; i < vectors; i++) store_f32(out + h * s.size + i * LANES, sums[h][i]);
 }
 
-/* A stretch of cached columns for some heads of a group, q [heads, words]. */
+/* A stretch of cached columns for some heads of a group, q [heads, words]. As much is asked for `ahead` words after. */
 INLINE void stretch(int pairs, int heads, Shape s, const uint32_t *q, const uint32_t *keys, const void *values,
-                    long columns, float *most, float *total, float *out) {
+                    long columns, long ahead, float *most, float *total, float *out) {
     float scores[2 * KEYS];
     uint32_t weights[2 * KEYS];
     for (long start = 0; start < columns; start += KEYS) {
         long n = columns - start < KEYS ? columns - start : KEYS, padded = (n + LANES - 1) / LANES * LANES, c = 0;
         const uint32_t *block = keys + start * s.words;
         const void *value = at(pairs, values, start * s.size);
-        for (; c + 2 * LANES <= padded; c += 2 * LANES) scores_of(pairs, heads, 2, s, q, block + c * s.words, scores + c);
-        if (c < padded) scores_of(pairs, heads, 1, s, q, block + c * s.words, scores + c);
+        for (; c + 2 * LANES <= padded; c += 2 * LANES) scores_of(pairs, heads, 2, s, q, block + c * s.words, ahead, scores + c);
+        if (c < padded) scores_of(pairs, heads, 1, s, q, block + c * s.words, ahead, scores + c);
         for (int h = 0; h < heads; h++) {
             float *of_h = scores + h * KEYS;
             for (c = n; c < padded; c++) of_h[c] = -INFINITY;
@@ -90,8 +95,8 @@ INLINE void stretch(int pairs, int heads, Shape s, const uint32_t *q, const uint
             most[h] = top, total[h] = sum;
         }
         long d = 0;
-        for (; d + 4 * LANES <= s.size; d += 4 * LANES) add_values(pairs, heads, 4, s, weights, at(pairs, value, d), n, out + d);
-        for (; d < s.size; d += LANES) add_values(pairs, heads, 1, s, weights, at(pairs, value, d), n, out + d);
+        for (; d + 4 * LANES <= s.size; d += 4 * LANES) add_values(pairs, heads, 4, s, weights, at(pairs, value, d), n, ahead, out + d);
+        for (; d < s.size; d += LANES) add_values(pairs, heads, 1, s, weights, at(pairs, value, d), n, ahead, out + d);
     }
 }
 
@@ -113,15 +118,13 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
         const uint32_t *pk = prompt_keys + prompt_column * s.words, *ok = own_keys + own_column * s.words;
         const void *pv = at(pairs, prompt_values, prompt_column * s.size);
         const void *ov = at(pairs, own_values, own_column * s.size);
-        /* Other rows have just seen the prompt; the own columns of the next task are far away. */
-        if (task + 1 < tasks) {
-            long next = (task + 1) / kv_heads;
-            long column = (own[next] * kv_heads + (task + 1) % kv_heads) * own_blocks * LANES;
-            const uint32_t *keys = own_keys + column * s.words, *values = at(pairs, own_values, column * s.size);
-            for (long i = 0; i < own_columns[next] * s.words; i += LANES) {
-                __builtin_prefetch(keys + i, 0, 2);
-                __builtin_prefetch(values + i, 0, 2);
-            }
+        /* Other rows have just seen the prompt; the own columns of the next task are far away. They are asked for
+           while this one's are read, and here those that it has more of. */
+        long next = task + 1 < tasks ? task + 1 : task, of_next = own_columns[next / kv_heads];
+        long ahead = ((own[next / kv_heads] * kv_heads + next % kv_heads) * own_blocks * LANES - own_column) * s.words;
+        for (long i = own_columns[r] * s.words; i < of_next * s.words; i += LANES) {
+            __builtin_prefetch(ok + ahead + i, 0, 2);
+            __builtin_prefetch((const uint32_t *)ov + ahead + i, 0, 2);
         }
         put_column(pairs, s.size, own_blocks, own[r] * kv_heads + task % kv_heads, own_columns[r] - 1,
                    at(pairs, k, task * s.size), at(pairs, v, r * v_stride + task % kv_heads * s.size), own_keys, own_values);
@@ -131,11 +134,11 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
             const uint32_t *queries = q + (first + h) * s.words;
             memset(mine, 0, sizeof(float) * s.size * (h + 1 < s.group ? 2 : 1));
             if (h + 1 < s.group) {
-                stretch(pairs, 2, s, queries, pk, pv, prompt_columns[prompt[r]], most, total, mine);
-                stretch(pairs, 2, s, queries, ok, ov, own_columns[r], most, total, mine);
+                stretch(pairs, 2, s, queries, pk, pv, prompt_columns[prompt[r]], 0, most, total, mine);
+                stretch(pairs, 2, s, queries, ok, ov, own_columns[r], h ? 0 : ahead, most, total, mine);
             } else {
-                stretch(pairs, 1, s, queries, pk, pv, prompt_columns[prompt[r]], most, total, mine);
-                stretch(pairs, 1, s, queries, ok, ov, own_columns[r], most, total, mine);
+                stretch(pairs, 1, s, queries, pk, pv, prompt_columns[prompt[r]], 0, most, total, mine);
+                stretch(pairs, 1, s, queries, ok, ov, own_columns[r], h ? 0 : ahead, most, total, mine);
             }
             for (int i = 0; i < 2 && h + i < s.group; i++)
                 for (long d = 0; d < s.size; d += LANES)
