@@ -38,6 +38,15 @@ def is_native(model: Any) -> bool:
     )
 
 
+def reads_prompts_in_place(model: Any, dtype: torch.dtype) -> bool:
+    """Whether attention in `dtype` reads a group's prompt where it lies. Else it has it side by side with
+    each response, and what a micro-batch takes of memory does not follow the tokens that are computed."""
+    if not is_native(model):
+        return False
+    stream, size = model.get_input_embeddings().weight, model.model.layers[0].self_attn.head_dim
+    return fits(stream.dtype, dtype, stream.device, size // 2)
+
+
 def response_routing(model: Any, layers: Sequence[Any], part: Batch) -> list[Tensor]:
     """The experts each response token of `part` is sent to by `layers` (`experts.expert_layers`), layer by
     layer: [R, k] each, on the CPU. Without gradient."""

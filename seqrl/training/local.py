@@ -16,7 +16,7 @@ from seqrl.errors import UserError
 from seqrl.kernels import sent
 from seqrl.training.base import EngineState, Update
 from seqrl.training.experts import expert_layers
-from seqrl.training.forward import response_routing
+from seqrl.training.forward import reads_prompts_in_place, response_routing
 from seqrl.training.logprobs import TokenStatistics, response_statistics
 from seqrl.training.objective import Counts, Diagnostics, Objective
 from seqrl.training.optim import (
@@ -55,7 +55,7 @@ class LocalEngine:
         Args:
             total_steps: optimizer steps of the whole run, for the learning-rate schedule.
             temperature: log-probs are taken of logits divided by it.
-            max_tokens: tokens per micro-batch.
+            max_tokens: tokens per micro-batch; of a group's prompt once where its responses read it in place.
             micro_batch_size: sequences per micro-batch in updates instead, where not None.
             logprob_split, reference_split: how batches are cut for old log-probs and for those of the
                 reference; None: by `max_tokens`.
@@ -78,6 +78,7 @@ class LocalEngine:
             self._reference = copy.deepcopy(model).requires_grad_(False).to(reference_dtype or model.dtype)
         self._expert_layers = expert_layers(model)
         self._device = next(model.parameters()).device
+        self._prompts_once = reads_prompts_in_place(model, compute_dtype)
 
     def logprobs(self, batch: Batch) -> Tensor:
         return self._no_grad_statistics(self.model, batch, self._logprob_split)[0]
@@ -96,7 +97,7 @@ class LocalEngine:
         if not self._expert_layers:
             return []
         chosen: dict[int, list[Tensor]] = {}
-        splits = self._logprob_split(batch.lengths.tolist())
+        splits = self._logprob_split(batch, prompts_once=self._prompts_once)
         with torch.no_grad(), self._autocast():
             for indices in splits:
                 part = batch.select(indices)
@@ -119,7 +120,8 @@ class LocalEngine:
         lr = learning_rate(self._optim, self.steps_done, self._total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parts = self._accumulate(mini_batch, objective, self._update_split(mini_batch.lengths.tolist()))
+        splits = self._update_split(mini_batch, prompts_once=self._prompts_once)
+        parts = self._accumulate(mini_batch, objective, splits)
         norm = gradient_norm(self.model.parameters())
         self.steps_done += 1  # first: an optimizer step that fails half-way is not taken for none
         clipped_step(self.optimizer, norm, self._grad_clip)
@@ -214,7 +216,7 @@ class LocalEngine:
         self, model: Any, batch: Batch, split: Split, *, sum_pi_squared: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-probs [T], and sum of squared probabilities [T] where asked for; 0 outside the responses."""
-        splits = split(batch.lengths.tolist())
+        splits = split(batch, prompts_once=self._prompts_once)
         with torch.no_grad(), self._autocast():
             parts = [
                 response_statistics(

@@ -13,6 +13,11 @@ from seqrl.config.schema import OptimConfig
 from seqrl.errors import UserError
 
 
+STRETCH = 2**18
+"""Numbers whose squares a CPU adds up one after the other. MKL does so with all it is given: on processors
+of other makers the norm of 25 million float32 is then wrong by 5e-4, of 155 million by 7e-3."""
+
+
 def make_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101); norms and biases are not decayed.
 
@@ -37,7 +42,8 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """[], of all gradients together; by inner products, three times as fast on a CPU as torch's own norms."""
     flat = (p.grad.flatten() for p in parameters if p.grad is not None)
     wide = (grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in flat)
-    squares = [grad.dot(grad) for grad in wide]
+    stretches = (part for grad in wide for part in (grad.split(STRETCH) if grad.is_cpu else (grad,)))
+    squares = [part.dot(part) for part in stretches]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 

@@ -26,36 +26,50 @@ from seqrl.types import Batch
 ATTENTION_NAME = "seqrl_flat"
 
 
-def by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+Prompt = tuple[int, int]
+"""The group it is of, and its tokens."""
+
+
+def by_tokens(
+    lengths: Sequence[int], max_tokens: int, prompts: Sequence[Prompt] | None = None
+) -> list[list[int]]:
     """Splits sequences into as few micro-batches as fit `max_tokens`, none of them larger than it has to be,
     each of similar lengths.
 
     Longest first, so that sequences laid side by side for attention waste little, and the largest
     micro-batch fails for lack of memory at once if at all. A sequence longer than `max_tokens` goes
-    alone. Returns indices into `lengths`.
+    alone. `prompts` are those that `lengths` include: each counts once in a micro-batch; None: every time.
+    Returns indices into `lengths`.
     """
+    prompts = [(i, 0) for i in range(len(lengths))] if prompts is None else prompts
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    fewest = _filled(order, lengths, max_tokens)
+    fewest = _filled(order, lengths, prompts, max_tokens)
     if len(fewest) < 2:
         return fewest
-    equal = max(-(-sum(lengths) // len(fewest)), lengths[order[0]])
+    repeated = sum(tokens for _, tokens in prompts) - sum(tokens for _, tokens in set(prompts))
+    equal = max(-(-(sum(lengths) - repeated) // len(fewest)), lengths[order[0]])
     for size in range(equal, max_tokens, -(-equal // 50)):
-        parts = _filled(order, lengths, size)
+        parts = _filled(order, lengths, prompts, size)
         if len(parts) == len(fewest):
             return parts
     return fewest
 
 
-def _filled(order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+def _filled(
+    order: Sequence[int], lengths: Sequence[int], prompts: Sequence[Prompt], size: int
+) -> list[list[int]]:
     """One part after the other, up to `size` tokens each."""
     parts: list[list[int]] = []
-    room = 0
+    room, there = 0, set[Prompt]()
     for index in order:
-        if not parts or lengths[index] > room:
+        prompt = prompts[index]
+        tokens = lengths[index] - (prompt[1] if prompt in there else 0)
+        if not parts or tokens > room:
             parts.append([])
-            room = size
+            room, there, tokens = size, set(), lengths[index]
         parts[-1].append(index)
-        room -= lengths[index]
+        there.add(prompt)
+        room -= tokens
     return parts
 
 
@@ -73,11 +87,13 @@ class Split:
     sequences: int | None = None
     """... or, where not None, so many sequences."""
 
-    def __call__(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices into `lengths`, the tokens of each sequence."""
-        if self.sequences is None:
-            return by_tokens(lengths, self.max_tokens)
-        return by_count(len(lengths), self.sequences)
+    def __call__(self, batch: Batch, *, prompts_once: bool) -> list[list[int]]:
+        """Indices of the sequences of each micro-batch. `prompts_once`: of a group the prompt counts once."""
+        if self.sequences is not None:
+            return by_count(len(batch), self.sequences)
+        prompts = prompt_lengths(batch).tolist() if prompts_once else [0] * len(batch)
+        named = list(zip(batch.group.tolist(), prompts, strict=True))
+        return by_tokens(batch.lengths.tolist(), self.max_tokens, named)
 
 
 def prompt_lengths(batch: Batch) -> Tensor:

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqrl.errors import UserError
+from seqrl.training.forward import reads_prompts_in_place
 from seqrl.training.logprobs import response_statistics
 from seqrl.training.model import check_flat_forward
 from seqrl.training.packing import (
     Layout,
+    Split,
     by_count,
     by_tokens,
     padded_attention,
@@ -44,6 +46,41 @@ def test_by_tokens_makes_no_part_larger_than_it_has_to_be() -> None:
 def test_by_tokens_puts_the_longest_first_and_like_with_like() -> None:
     assert by_tokens([3, 9, 4, 9, 2], 18) == [[1, 3], [2, 0, 4]]
     assert by_tokens([3, 30, 4], 10) == [[1], [2, 0]], "one longer than the budget goes alone"
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), max_size=30),
+    st.lists(st.integers(0, 30), min_size=4, max_size=4),
+    st.integers(1, 80),
+)
+def test_by_tokens_counts_a_prompt_once_in_each_part(
+    responses: list[tuple[int, int]], prompts: list[int], budget: int
+) -> None:
+    lengths = [prompts[group] + response for group, response in responses]
+    parts = by_tokens(lengths, budget, [(group, prompts[group]) for group, _ in responses])
+    assert sorted(index for part in parts for index in part) == list(range(len(responses)))
+    for part in parts:
+        read = {responses[i][0] for i in part}
+        tokens = sum(prompts[group] for group in read) + sum(responses[i][1] for i in part)
+        assert len(part) == 1 or tokens <= budget
+    assert len(parts) <= len(by_tokens(lengths, budget))
+
+
+def test_a_split_counts_a_groups_prompt_once_if_told(make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch([(3, 4), (3, 4), (2, 5), (2, 6)])  # 3 + 4 + 4 and 2 + 5 + 6 tokens
+    assert Split(24)(batch, prompts_once=True) == [[3, 0, 1, 2]]
+    assert Split(23)(batch, prompts_once=True) == [[3, 0], [1, 2]]
+    assert Split(24)(batch, prompts_once=False) == [[3, 0], [1, 2]]
+    assert Split(24, 3)(batch, prompts_once=True) == [[0, 1, 2], [3]], "by count whatever they are"
+
+
+def test_prompts_are_read_in_place_by_the_native_forward_alone(make_model: Callable[..., Any]) -> None:
+    model = make_model("qwen3", head_dim=32)
+    assert reads_prompts_in_place(model, torch.float32) and reads_prompts_in_place(model, torch.bfloat16)
+    assert not reads_prompts_in_place(model.double(), torch.float64), "there is no C for it"
+    assert not reads_prompts_in_place(make_model("qwen3"), torch.float32), "halves of heads fill no vector"
+    gemma = make_model("gemma2", head_dim=32)
+    assert not reads_prompts_in_place(gemma, torch.float32), "transformers' own forward"
 
 
 def test_by_count_splits_in_order() -> None:

@@ -48,7 +48,8 @@ class ActorConfig:
     use_dynamic_bsz: bool = False
     """Fill micro-batches by tokens, up to `ppo_max_token_len_per_gpu`, instead of by count."""
     ppo_max_token_len_per_gpu: int = 16384
-    """Tokens per micro-batch, prompts included, under `use_dynamic_bsz`; also for log-probs."""
+    """Tokens per micro-batch, prompts included, under `use_dynamic_bsz`; also for log-probs. A group's prompt
+    counts once where its responses read it in place: in seqrl's own forward on a CPU."""
     ppo_epochs: int = 1
     """Passes over each rollout batch."""
     shuffle: bool = False
