@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from seqrl.config.schema import OptimConfig
 from seqrl.errors import UserError
 
-
 STRETCH = 2**18
 """Numbers whose squares a CPU adds up one after the other. MKL does so with all it is given: on processors
 of other makers the norm of 25 million float32 is then wrong by 5e-4, of 155 million by 7e-3."""
