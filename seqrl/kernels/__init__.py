@@ -24,6 +24,7 @@ from seqrl.kernels.layers import add_norm, gated, gated_backward
 from seqrl.kernels.products import (
     Matrix,
     Reordered,
+    Strips,
     add_weight_gradient,
     filled_up,
     laid_out,
@@ -46,6 +47,7 @@ __all__ = [
     "Record",
     "Reordered",
     "Spans",
+    "Strips",
     "Tiles",
     "Turn",
     "add_norm",

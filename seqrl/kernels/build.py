@@ -59,6 +59,7 @@ ARGUMENTS = {
     **{f"{name}_{type_}": said for name, said in _OF_STORAGE.items() for type_ in ("f32", "bf16")},
     "sort_pairs": "lll pppp",
     "expert_pack": "lll pp",
+    "strip_products": "lllll pppp",
     "draw": "ll p f pp",
     "tiles_here": "",
     "tile_pack": "lll p lll pp",

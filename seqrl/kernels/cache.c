@@ -61,7 +61,7 @@ INLINE void add_values(int pairs, int heads, int vectors, Shape s, const uint32_
             }
             word w = of_rows(pairs, value, c + 1 < count ? at(pairs, value, s.size) : NULL);
             for (int h = 0; h < heads; h++)
-                sums[h][i] = multiply(pairs, splat_word(weights[(h * KEYS + c) >> pairs]), w, sums[h][i]);
+                sums[h][i] = multiply(pairs, splat_at(weights + ((h * KEYS + c) >> pairs)), w, sums[h][i]);
         }
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < vectors; i++) store_f32(out + h * s.size + i * LANES, sums[h][i]);
@@ -103,14 +103,14 @@ INLINE void stretch(int pairs, int heads, Shape s, const uint32_t *q, const uint
 /* One query a row, over the columns of its prompt and then its own. q, out: [rows, heads, size]; prompt p has
    prompt_columns[p] columns in the prompts' cache, row r has own_columns[r] in slot own[r] of the other. k and v, as
    in `append`, are first put into the last of these, whose neighbours are read then anyway.
-   Rows of one prompt side by side find it in the processor's cache. */
+   Rows of one prompt side by side find it in the processor's cache. By all threads of a parallel region. */
 INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, const uint32_t *q, const void *k,
                    const void *v, long v_stride, const uint32_t *prompt_keys, const void *prompt_values,
                    long prompt_blocks, const int64_t *prompt, const int64_t *prompt_columns, uint32_t *own_keys,
                    void *own_values, long own_blocks, const int64_t *own, const int64_t *own_columns, float *sums,
                    void *out) {
     long tasks = rows * kv_heads, chunk = tasks < 256 ? 1 : 16;
-#pragma omp parallel for schedule(dynamic, chunk)
+#pragma omp for schedule(dynamic, chunk)
     for (long task = 0; task < tasks; task++) {
         long r = task / kv_heads, first = task * s.group;
         long prompt_column = (prompt[r] * kv_heads + task % kv_heads) * prompt_blocks * LANES;
@@ -169,9 +169,22 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
             Cached of_rows = {kv_heads, size, own_blocks, own_keys, own_values, own, own_columns};                     \
             attend_cached_tiles(rows, &asked, &prompts, &of_rows);                                                     \
         } else                                                                                                         \
+            _Pragma("omp parallel")                                                                                    \
             attend(pairs, rows, heads, kv_heads, s, q, k, v, v_stride, prompt_keys, prompt_values, prompt_blocks,      \
                    prompt, prompt_columns, own_keys, own_values, own_blocks, own, own_columns, sums, out);             \
     }
 
 OF_TYPE(f32, 0)
 OF_TYPE(bf16, 1)
+
+INLINE void attend_all(int pairs, long rows, const Asked *a, const Cached *prompts, const Cached *own, float *sums) {
+    Shape s = {a->heads / own->kv_heads, own->size, own->size >> pairs, 1.0f / sqrtf((float)own->size)};
+    attend(pairs, rows, a->heads, own->kv_heads, s, (const uint32_t *)a->q, a->k, a->v, a->v_stride, prompts->keys,
+           prompts->values, prompts->blocks, prompts->slot, prompts->columns, own->keys, own->values, own->blocks, own->slot,
+           own->columns, sums, a->out);
+}
+
+void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own, float *sums) {
+    if (pairs) attend_all(1, rows, asked, prompts, own, sums);
+    else attend_all(0, rows, asked, prompts, own, sums);
+}

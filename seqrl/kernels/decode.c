@@ -1,15 +1,16 @@
-/* Layers of a token step on tiles, all of them in one call: between two operations threads wait for each other, and
-   nobody for Python. The operations are those of training, so that the numbers are. */
+/* Layers of a token step, all of them in one call: between two operations threads wait for each other, and nobody for
+   Python. The operations are those of training, so that the numbers are. */
 #include <omp.h>
 
 #include "cache.h"
 #include "tiles.h"
 #include "tokens.h"
 
-/* A matrix laid out for tiles, and a bias or NULL. */
+/* A matrix laid out for tiles, or by `expert_pack` with a stretch (strips.c), and a bias or NULL. */
 typedef struct {
     const uint32_t *columns;
     const float *bias;
+    long stretch;
 } Linear;
 
 /* As rollout/layers.py fills it in. Weights of norms are in the stream's type; the two of heads may be NULL. */
@@ -19,53 +20,93 @@ typedef struct {
     Linear qkv, out, gate_up, down;
     long width; /* of the gated layer; 0: what comes after its norm is left to the caller */
     uint32_t *prompt_keys, *own_keys;
-    bf16 *prompt_values, *own_values;
+    void *prompt_values, *own_values;
 } Layer;
 
 /* The rows of a step, and where each operation writes. */
 typedef struct {
     long rows, hidden, heads, kv_heads, size, stream_is_f32;
+    long pairs;    /* all but the stream is bfloat16; else float32 */
+    long on_tiles; /* how matrices and cache are laid out */
     float head_eps;
     const float *cos, *sin;
     const int64_t *positions, *prompt, *prompt_columns, *slot, *own_columns;
     long prompt_blocks, own_blocks;
     void *stream;                                           /* [rows, hidden], added to in place */
-    const bf16 *delta;                                      /* to be added to it first, or NULL */
-    bf16 *normed, *qkv, *q, *k, *seen, *said, *gated, *inner; /* said: what a layer adds, [rows, hidden] */
+    const void *delta;                                      /* to be added to it first, or NULL */
+    void *normed, *qkv, *q, *k, *seen, *said, *gated, *inner; /* said: what a layer adds, [rows, hidden] */
+    float *sums;                                            /* [rows, heads, size] */
 } Step;
-
-#ifndef __AMX_BF16__
-
-int decode_layers(const Layer *layers, long count, const Step *s) { return 1; }
-
-#else
 
 /* Rows of a thread's own. */
 typedef struct {
     long first, count;
 } Part;
 
-static void add_norm(Part p, const Step *s, const bf16 *delta, const void *weight, float eps) {
-    long at = p.first * s->hidden;
-    void *x = (char *)s->stream + at * (s->stream_is_f32 ? sizeof(float) : sizeof(bf16));
-    const bf16 *of_part = delta ? delta + at : NULL;
-    OF(add_norm, s->stream_is_f32, p.count, s->hidden, x, of_part, weight, eps, x, s->normed + at, NULL);
+static void *from(const Step *s, const void *x, long number) { return (void *)at(s->pairs, x, number); }
+
+static void add_norm(Part p, const Step *s, const void *delta, const void *weight, float eps) {
+    long first = p.first * s->hidden;
+    void *x = (char *)s->stream + first * (s->stream_is_f32 ? sizeof(float) : sizeof(bf16));
+    const void *of_part = delta ? from(s, delta, first) : NULL;
+    void *y = from(s, s->normed, first);
+    if (s->pairs) OF(add_norm, s->stream_is_f32, p.count, s->hidden, x, of_part, weight, eps, x, y, NULL);
+    else add_norm_f32_f32(p.count, s->hidden, x, of_part, weight, eps, x, y, NULL);
 }
 
 static void turn(Part p, const Step *s, const Layer *l) {
     long q_width = s->heads * s->size, k_width = s->kv_heads * s->size;
-    const bf16 *qkv = s->qkv + p.first * (q_width + 2 * k_width);
-    bf16 *q = s->q + p.first * q_width, *k = s->k + p.first * k_width;
-    OF(turn, s->stream_is_f32, p.count, s->heads, s->kv_heads, s->size, qkv, l->q_norm, l->k_norm, s->head_eps, s->cos,
-       s->sin, s->positions + p.first, q, k);
+    const void *qkv = from(s, s->qkv, p.first * (q_width + 2 * k_width));
+    void *q = from(s, s->q, p.first * q_width), *k = from(s, s->k, p.first * k_width);
+    const int64_t *positions = s->positions + p.first;
+    if (s->pairs)
+        OF(turn, s->stream_is_f32, p.count, s->heads, s->kv_heads, s->size, qkv, l->q_norm, l->k_norm, s->head_eps, s->cos,
+           s->sin, positions, q, k);
+    else
+        turn_f32_f32(p.count, s->heads, s->kv_heads, s->size, qkv, l->q_norm, l->k_norm, s->head_eps, s->cos, s->sin,
+                     positions, q, k);
+}
+
+static void gate(Part p, const Step *s, const Layer *l) {
+    const void *gate_up = from(s, s->gated, p.first * 2 * l->width);
+    void *inner = from(s, s->inner, p.first * l->width);
+    if (s->pairs) gate_bf16(p.count, l->width, gate_up, inner);
+    else gate_f32(p.count, l->width, gate_up, inner);
+}
+
+/* By all threads, which have waited for each other at the end. Returns nonzero without memory. */
+static int product(const Step *s, Product p, long stretch, const Chunk *tasks, long count) {
+#ifdef __AMX_BF16__
+    if (s->on_tiles) return team_products(&p, tasks, count);
+#endif
+    team_strips(s->pairs, &p, stretch, s->rows);
+    return 0;
+}
+
+static long runs(const Step *s, Run *found) {
+#ifdef __AMX_BF16__
+    if (s->on_tiles) return runs_of(s->rows, s->heads / s->kv_heads, s->prompt, found);
+#endif
+    return 0;
+}
+
+static void attend(const Step *s, const Asked *asked, const Cached *prompts, const Cached *own, const Run *found,
+                   long count, long *taken) {
+#ifdef __AMX_BF16__
+    if (s->on_tiles) {
+        team_attend(asked, prompts, own, found, count, taken);
+        return;
+    }
+#endif
+    team_attend_words(s->pairs, s->rows, asked, prompts, own, s->sums);
 }
 
 /* One token for each row through `count` layers. Returns nonzero without memory. */
 int decode_layers(const Layer *layers, long count, const Step *s) {
     const int64_t all = s->rows;
     long q_width = s->heads * s->size, kv_width = s->kv_heads * s->size, chunk_count, taken[count];
-    Run runs[s->rows + 1];
-    long run_count = runs_of(s->rows, s->heads / s->kv_heads, s->prompt, runs);
+    Run found[s->rows + 1];
+    long found_count = runs(s, found);
     Chunk *tasks = chunks(1, &all, TASK_ROWS, &chunk_count);
     if (!tasks) return 1;
     memset(taken, 0, sizeof taken);
@@ -81,29 +122,27 @@ int decode_layers(const Layer *layers, long count, const Step *s) {
             Product out = {q_width, s->hidden, s->seen, NULL, l->out.columns, l->out.bias, s->said};
             Product gate_up = {s->hidden, 2 * l->width, s->normed, NULL, l->gate_up.columns, l->gate_up.bias, s->gated};
             Product down = {l->width, s->hidden, s->inner, NULL, l->down.columns, l->down.bias, s->said};
-            Asked asked = {s->heads, s->q, s->k, s->qkv + q_width + kv_width, q_width + 2 * kv_width, s->seen};
+            Asked asked = {s->heads, s->q, s->k, from(s, s->qkv, q_width + kv_width), q_width + 2 * kv_width, s->seen};
             Cached prompts = {s->kv_heads, s->size, s->prompt_blocks, l->prompt_keys, l->prompt_values, s->prompt,
                               s->prompt_columns};
             Cached own = {s->kv_heads, s->size, s->own_blocks, l->own_keys, l->own_values, s->slot, s->own_columns};
             add_norm(mine, s, i ? s->said : s->delta, l->attention_norm, l->attention_eps);
 #pragma omp barrier
-            failed |= team_products(&qkv, tasks, chunk_count);
+            failed |= product(s, qkv, l->qkv.stretch, tasks, chunk_count);
             turn(mine, s, l);
 #pragma omp barrier
-            team_attend(&asked, &prompts, &own, runs, run_count, taken + i);
+            attend(s, &asked, &prompts, &own, found, found_count, taken + i);
 #pragma omp barrier
-            failed |= team_products(&out, tasks, chunk_count);
+            failed |= product(s, out, l->out.stretch, tasks, chunk_count);
             add_norm(mine, s, s->said, l->mlp_norm, l->mlp_eps);
 #pragma omp barrier
             if (!l->width) continue;
-            failed |= team_products(&gate_up, tasks, chunk_count);
-            gate_bf16(mine.count, l->width, s->gated + mine.first * 2 * l->width, s->inner + mine.first * l->width);
+            failed |= product(s, gate_up, l->gate_up.stretch, tasks, chunk_count);
+            gate(mine, s, l);
 #pragma omp barrier
-            failed |= team_products(&down, tasks, chunk_count);
+            failed |= product(s, down, l->down.stretch, tasks, chunk_count);
         }
     }
     free(tasks);
     return failed;
 }
-
-#endif

@@ -5,16 +5,7 @@
    run over words of 32 bits: a float32, or a pair of bfloat16 that lie side by side in the direction in which
    is added up. Sums are float32, and no sum depends on how many rows there are. ins and outs are multiples
    of 32. */
-#include "chunks.h"
-#include "words.h"
-
-#ifdef __AVX512F__
-#define ROWS 8 /* of a tile, whose sums are held in registers; a tile has two vectors of columns */
-#else
-#define ROWS 4
-#endif
-#define STRIP (2 * LANES)
-#define CHUNK 128 /* rows that stay in the processor's cache while strips pass over them */
+#include "strips.h"
 
 /* STRIP columns of `count` rows of m [.., width], taken from `first` on in the order of token where that is
    given: out [count, STRIP], or [half of it, STRIP] pairs of rows, of which the last may lack its second. */
@@ -28,42 +19,6 @@ INLINE void panel(int pairs, const void *m, const int64_t *token, long first, lo
     }
 }
 
-/* Adds to `rows` times two vectors of sums, over `steps` words: number d of x[i] lies d * x_stride words after
-   its first, the vectors of w d * w_stride words after the first two, which are `next` words apart. */
-INLINE void tile(int pairs, int rows, long steps, const uint32_t *const *x, long x_stride, const uint32_t *w,
-                 long w_stride, long next, vf sums[][2]) {
-    vf held[ROWS][2];
-    for (int i = 0; i < rows; i++) held[i][0] = sums[i][0], held[i][1] = sums[i][1];
-    for (long d = 0; d < steps; d++) {
-        word one = words_at(w + d * w_stride), two = words_at(w + d * w_stride + next);
-        for (int i = 0; i < rows; i++) {
-            word number = splat_word(x[i][d * x_stride]);
-            held[i][0] = multiply(pairs, one, number, held[i][0]);
-            held[i][1] = multiply(pairs, two, number, held[i][1]);
-        }
-    }
-    for (int i = 0; i < rows; i++) sums[i][0] = held[i][0], sums[i][1] = held[i][1];
-}
-
-/* STRIP columns of y [.., width] for the rows of a chunk: x times w, whose lanes are those columns. */
-INLINE void strip_of_rows(int pairs, Chunk c, long steps, const void *x, const int64_t *token, const uint32_t *w,
-                          long w_stride, long next, void *y, long width, long column) {
-    for (long r = c.first; r < c.end; r += ROWS) {
-        const uint32_t *row[ROWS];
-        vf sums[ROWS][2] = {{{0}}};
-        long count = c.end - r < ROWS ? c.end - r : ROWS;
-        for (long i = 0; i < ROWS; i++) { /* beyond the last of them it again */
-            long one = r + (i < count ? i : count - 1);
-            row[i] = (const uint32_t *)x + (token ? token[one] : one) * steps;
-        }
-        if (count > ROWS / 2) tile(pairs, ROWS, steps, row, 1, w, w_stride, next, sums);
-        else if (count > 1) tile(pairs, ROWS / 2, steps, row, 1, w, w_stride, next, sums);
-        else tile(pairs, 1, steps, row, 1, w, w_stride, next, sums);
-        for (long i = 0; i < count; i++)
-            for (int v = 0; v < 2; v++) store(pairs, y, (r + i) * width + column + v * LANES, sums[i][v]);
-    }
-}
-
 /* y = x w^T, of w as `expert_pack` lays it out. Returns nonzero without memory. */
 INLINE int products(int pairs, long experts, long ins, long outs, const void *x, const int64_t *token, const void *w,
                     const int64_t *ends, void *y) {
@@ -74,7 +29,7 @@ INLINE int products(int pairs, long experts, long ins, long outs, const void *x,
     for (long t = 0; t < count * strips; t++) {
         Chunk c = tasks[t / strips];
         const uint32_t *matrix = (const uint32_t *)w + (c.matrix * strips + t % strips) * 2 * next;
-        strip_of_rows(pairs, c, steps, x, token, matrix, LANES, next, y, outs, t % strips * STRIP);
+        strip_of_rows(pairs, c, steps, steps, x, token, matrix, LANES, next, NULL, y, outs, t % strips * STRIP);
     }
     free(tasks);
     return 0;
@@ -96,7 +51,7 @@ INLINE int products_backward_x(int pairs, long experts, long ins, long outs, con
             Chunk c = tasks[t / strips];
             long column = t % strips * STRIP;
             panel(pairs, w, NULL, c.matrix * outs, outs, ins, column, columns);
-            strip_of_rows(pairs, c, steps, dy, NULL, columns, STRIP, LANES, dx, ins, column);
+            strip_of_rows(pairs, c, steps, steps, dy, NULL, columns, STRIP, LANES, NULL, dx, ins, column);
         }
         free(columns);
     }

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqrl.kernels.call import call, fits, words_of
 from seqrl.kernels.record import current, made
 from seqrl.kernels.tiles import Tiles, add_gradient
 
@@ -26,7 +27,30 @@ class Reordered(NamedTuple):
     """[out, in]"""
 
 
-Matrix = Tensor | Tiles | Reordered
+class Strips(NamedTuple):
+    """A matrix as strips.c wants it, for many products without gradient that are oneDNN's to the last bit."""
+
+    columns: Tensor
+    """[out / 16, words, 16], words of 32 bits."""
+    outs: int
+    ins: int
+    stretch: int
+    """Numbers that are added up one after the other."""
+
+    @classmethod
+    def of(cls, weight: Tensor, stretch: int) -> Strips:
+        columns, (outs, ins) = torch.empty_like(weight), weight.shape
+        call("expert_pack", 1, outs, words_of(ins, weight.dtype)[0], weight, columns)
+        return cls(columns, outs, ins, stretch)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y, wide = x.new_empty(len(x), self.outs), None if bias is None else bias.float()
+        sizes = (x.dtype == torch.bfloat16, self.stretch, *x.shape, self.outs)
+        call("strip_products", *sizes, x.contiguous(), self.columns, wide, y)
+        return y
+
+
+Matrix = Tensor | Tiles | Reordered | Strips
 """[out, in]"""
 
 
@@ -57,9 +81,40 @@ def laid_out(weight: Tensor | Tiles) -> Matrix:
     """A matrix for many products without gradient."""
     if isinstance(weight, Tiles):
         return weight.laid_out()
-    if _reorders(weight.dtype, weight.device):
-        return Reordered(torch.ops.mkldnn._reorder_linear_weight(weight))
-    return weight
+    if not _reorders(weight.dtype, weight.device):
+        return weight
+    # With fewer registers strips.c is slower at many rows.
+    if (
+        fits(weight.dtype, weight.dtype, weight.device)
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    ):
+        stretch = _stretch(*weight.shape, weight.dtype)
+        if stretch is not None:
+            return Strips.of(weight.contiguous(), stretch)
+    return Reordered(torch.ops.mkldnn._reorder_linear_weight(weight))
+
+
+_STRETCHES = (512, 1024)
+_ROWS, _OUTS = 64, 2048
+"""On so many, at most, it is tried how the library adds up."""
+
+
+@functools.cache
+def _stretch(outs: int, ins: int, dtype: torch.dtype) -> int | None:
+    """Of `Strips` that multiply by such a matrix as the library does, to the last bit; None where none do."""
+    if outs % 32 or ins % 32 or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None  # with fewer registers strips.c is slower than the library at many rows
+    generator, half = torch.Generator().manual_seed(0), ins // 2
+    order = torch.randperm(half, generator=generator)
+    a, b = (torch.randn(n, half, generator=generator) for n in (_ROWS, min(outs, _OUTS)))
+    # The sums are 0 but for what is lost on the way, which depends on the way.
+    x, weight = torch.cat([a, a[:, order]], 1).to(dtype), torch.cat([b, -b[:, order]], 1).to(dtype)
+    bias = (1e-6 * b[:, 0]).to(dtype)
+    for stretch in _STRETCHES:
+        strips = Strips.of(weight, stretch)
+        if all(torch.equal(strips.product(x, b), product(x, weight, b)) for b in (None, bias)):
+            return stretch
+    return None
 
 
 _MANY = 4096
@@ -87,7 +142,7 @@ def filled_up(x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """`x` [T, in] times the transpose of `weight` [out, in], plus `bias` [out]; without gradient."""
-    if isinstance(weight, Tiles):
+    if isinstance(weight, Tiles | Strips):
         return weight.product(x, bias)
     # MKL's float32 products are slow on processors of other makers; oneDNN's are not.
     if isinstance(weight, Reordered) or (x.dtype == torch.float32 and _has_onednn(x.device) and len(x)):
@@ -151,7 +206,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """`product` with a gradient, but for a matrix that was laid out for those without."""
-    if isinstance(weight, Reordered) or not (torch.is_grad_enabled() or current() is not None):
+    if isinstance(weight, Reordered | Strips) or not (torch.is_grad_enabled() or current() is not None):
         return product(x, weight, bias)
     if isinstance(weight, Tiles):
         return _Linear.apply(x, weight, bias, *weight.sources)

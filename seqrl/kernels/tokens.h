@@ -5,22 +5,24 @@
 
 #include "vector.h"
 
-#define OF_STREAM(S, types)                                                                                            \
-    void add_norm_##types(long rows, long width, const S *x, const bf16 *delta, const S *weight, float eps, S *x_out,  \
-                          bf16 *y, float *rstd);                                                                       \
+#define OF_STREAM(S, C, types)                                                                                         \
+    void add_norm_##types(long rows, long width, const S *x, const C *delta, const S *weight, float eps, S *x_out,     \
+                          C *y, float *rstd);                                                                          \
     void add_norm_backward_##types(long rows, long width, const S *x_out, const S *weight, const float *rstd,          \
-                                   const bf16 *dy, const S *carried, S *dx, bf16 *ddelta, float *dweight,              \
+                                   const C *dy, const S *carried, S *dx, C *ddelta, float *dweight,                    \
                                    long threads);                                                                      \
-    void turn_##types(long rows, long heads, long kv_heads, long size, const bf16 *qkv, const S *q_weight,             \
+    void turn_##types(long rows, long heads, long kv_heads, long size, const C *qkv, const S *q_weight,                \
                       const S *k_weight, float eps, const float *cos, const float *sin, const int64_t *positions,      \
-                      bf16 *q, bf16 *k);                                                                               \
-    void turn_backward_##types(long rows, long heads, long kv_heads, long size, const bf16 *qkv, const S *q_weight,    \
+                      C *q, C *k);                                                                                     \
+    void turn_backward_##types(long rows, long heads, long kv_heads, long size, const C *qkv, const S *q_weight,       \
                                const S *k_weight, float eps, const float *cos, const float *sin,                       \
                                const int64_t *positions, const float *dq, const float *dk, const float *dv,            \
-                               bf16 *dqkv, float *dq_weight, float *dk_weight, long threads);
+                               C *dqkv, float *dq_weight, float *dk_weight, long threads);
 
-OF_STREAM(float, f32_bf16)
-OF_STREAM(bf16, bf16_bf16)
+OF_STREAM(float, float, f32_f32)
+OF_STREAM(float, bf16, f32_bf16)
+OF_STREAM(bf16, bf16, bf16_bf16)
+void gate_f32(long rows, long width, const float *gate_up, float *out);
 void gate_bf16(long rows, long width, const bf16 *gate_up, bf16 *out);
 void gate_backward_bf16(long rows, long width, const bf16 *gate_up, const bf16 *dout, bf16 *dgate_up);
 

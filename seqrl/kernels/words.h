@@ -14,6 +14,13 @@ INLINE vf multiply(int pairs, word a, word b, vf sum) {
 }
 
 INLINE word splat_word(uint32_t x) { return x - (word){0}; }
+/* Of numbers that were written as others than words. */
+INLINE word splat_at(const void *p) {
+    uint32_t x;
+    memcpy(&x, p, 4);
+    return splat_word(x);
+}
+
 INLINE word words_at(const uint32_t *p) { return *(const word *)p; }
 
 /* A number of a tensor, `i` numbers after p. */

@@ -20,6 +20,7 @@ from seqrl.kernels import (
     Matrices,
     Matrix,
     Reordered,
+    Strips,
     Tiles,
     Turn,
     expert_matrices,
@@ -59,7 +60,7 @@ class Dense(NamedTuple):
         """Of what lies between the two."""
         down = self.down.weight
         assert not isinstance(down, Reordered), "laid out, its shape is oneDNN's"
-        return down.ins if isinstance(down, Tiles) else down.shape[1]
+        return down.ins if isinstance(down, Tiles | Strips) else down.shape[1]
 
     def __call__(self, y: Tensor) -> Tensor:
         return self.down(gated(self.gate_up(y)))

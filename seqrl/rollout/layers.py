@@ -1,4 +1,4 @@
-"""The layers of a token step in one call, on a processor with a matrix unit (kernels/decode.c).
+"""The layers of a token step in one call of C (kernels/decode.c).
 
 Asked operation by operation, a token step of a small model is half Python.
 
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqrl.kernels import Cache, Tiles, add_norm
+from seqrl.kernels import Cache, Strips, Tiles, add_norm, has_tiles
 from seqrl.kernels.call import LANES, call
-from seqrl.native.experts import Experts
+from seqrl.native.experts import Experts, in_c
 from seqrl.native.weights import Dense, Layer, Linear, Weights
 
 
 class _Linear(Structure):
-    _fields_ = [("columns", c_void_p), ("bias", c_void_p)]
+    _fields_ = [("columns", c_void_p), ("bias", c_void_p), ("stretch", c_long)]
 
 
 class _Layer(Structure):
@@ -38,12 +38,13 @@ class _Layer(Structure):
 class _Step(Structure):
     _fields_ = [
         *((name, c_long) for name in ("rows", "hidden", "heads", "kv_heads", "size", "stream_is_f32")),
+        *((name, c_long) for name in ("pairs", "on_tiles")),
         ("head_eps", c_float),
         *((name, c_void_p) for name in ("cos", "sin")),
         *((name, c_void_p) for name in ("positions", "prompt", "prompt_columns", "slot", "own_columns")),
         *((name, c_long) for name in ("prompt_blocks", "own_blocks")),
         *((name, c_void_p) for name in ("stream", "delta")),
-        *((name, c_void_p) for name in ("normed", "qkv", "q", "k", "seen", "said", "gated", "inner")),
+        *((name, c_void_p) for name in ("normed", "qkv", "q", "k", "seen", "said", "gated", "inner", "sums")),
     ]
 
 
@@ -64,8 +65,8 @@ class LayersInC:
         self._kept: list[Tensor] = []
         """What the C reads and writes besides the weights and caches themselves."""
 
-        def made(width: int) -> Tensor:
-            self._kept.append(torch.empty(rows, width, dtype=torch.bfloat16))
+        def made(width: int, dtype: torch.dtype = weights.dtype) -> Tensor:
+            self._kept.append(torch.empty(rows, width, dtype=dtype))
             return self._kept[-1]
 
         self._normed, self._said = made(hidden), made(hidden)
@@ -75,6 +76,8 @@ class LayersInC:
             kv_heads=turn.kv_heads,
             size=turn.size,
             stream_is_f32=weights.embedding.dtype == torch.float32,
+            pairs=weights.dtype == torch.bfloat16,
+            on_tiles=has_tiles(weights.dtype, weights.embedding.device),
             head_eps=turn.eps,
             cos=turn.cos.data_ptr(),
             sin=turn.sin.data_ptr(),
@@ -88,6 +91,7 @@ class LayersInC:
             seen=made(q_width).data_ptr(),
             gated=made(2 * inner).data_ptr(),
             inner=made(inner).data_ptr(),
+            sums=made(q_width, torch.float32).data_ptr(),
         )
         each = zip(layers, prompts, own, strict=True)
         self._layers = (_Layer * len(layers))(*(self._layer(*of_layer) for of_layer in each))
@@ -115,11 +119,13 @@ class LayersInC:
         )
 
     def _linear(self, linear: Linear) -> _Linear:
-        assert isinstance(linear.weight, Tiles) and linear.weight.columns is not None
-        if linear.bias is None:
-            return _Linear(linear.weight.columns.data_ptr(), None)
-        self._kept.append(linear.bias.float())
-        return _Linear(linear.weight.columns.data_ptr(), self._kept[-1].data_ptr())
+        assert isinstance(linear.weight, Tiles | Strips) and linear.weight.columns is not None
+        bias = None
+        if linear.bias is not None:
+            bias = linear.bias.float()
+            self._kept.append(bias)
+        stretch = linear.weight.stretch if isinstance(linear.weight, Strips) else 0
+        return _Linear(linear.weight.columns.data_ptr(), None if bias is None else bias.data_ptr(), stretch)
 
     def __call__(
         self,
@@ -146,9 +152,11 @@ class LayersInC:
 
 
 def _fits(layer: Layer) -> bool:
+    if isinstance(layer.mlp, Experts) and not in_c(layer.mlp.gate_up, layer.mlp.down):
+        return False  # what torch says of a row depends on the others
     dense = layer.mlp if isinstance(layer.mlp, Dense) else None
     linears = [layer.qkv, layer.out, *([dense.gate_up, dense.down] if dense is not None else [])]
-    return all(isinstance(x.weight, Tiles) for x in linears) and _width(layer) % LANES == 0
+    return all(isinstance(x.weight, Tiles | Strips) for x in linears) and _width(layer) % LANES == 0
 
 
 def _width(layer: Layer) -> int:

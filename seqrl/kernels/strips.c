@@ -1,0 +1,31 @@
+/* Products of decoding where there is no matrix unit: y = x w^T plus bias, of w as `expert_pack` lays it out.
+
+   They are to be oneDNN's, with which training multiplies, to the last bit. It adds up a stretch of numbers one after
+   the other, and then these sums; how long a stretch is it is asked before (products.py). ins and outs are multiples of
+   32. */
+#include "strips.h"
+#include "tiles.h"
+
+INLINE void products(int pairs, const Product *p, long stretch, long rows) {
+    long strips = p->outs / STRIP, steps = p->ins >> pairs, next = steps * LANES;
+    long tasks = (rows + CHUNK - 1) / CHUNK * strips;
+#pragma omp for schedule(dynamic, 2)
+    for (long t = 0; t < tasks; t++) {
+        long first = t / strips * CHUNK, column = t % strips * STRIP;
+        Chunk c = {0, first, rows - first < CHUNK ? rows : first + CHUNK};
+        strip_of_rows(pairs, c, steps, stretch >> pairs, p->x, NULL, p->w + t % strips * 2 * next, LANES, next, p->bias,
+                      p->y, p->outs, column);
+    }
+}
+
+void team_strips(int pairs, const Product *p, long stretch, long rows) {
+    if (pairs) products(1, p, stretch, rows);
+    else products(0, p, stretch, rows);
+}
+
+void strip_products(long pairs, long stretch, long rows, long ins, long outs, const void *x, const uint32_t *w, const float *bias,
+                    void *y) {
+    Product p = {ins, outs, x, NULL, w, bias, y};
+#pragma omp parallel
+    team_strips(pairs, &p, stretch, rows);
+}
