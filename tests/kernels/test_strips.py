@@ -29,12 +29,14 @@ def strips(weight: torch.Tensor) -> Strips:
 def test_they_say_what_training_says(dtype: torch.dtype, outs: int, ins: int, with_bias: bool) -> None:
     weight, bias = random(outs, ins).to(dtype), random(outs, seed=2).to(dtype) if with_bias else None
     made = strips(weight)
+    x = random(1000, ins, seed=3).to(dtype)
+    theirs = linear(x, weight, bias)
     for rows in (4, 5, 130, 1000):
-        x = random(rows, ins, seed=rows).to(dtype)
-        ours, theirs = linear(x, made, bias), linear(x, weight, bias)
-        assert torch.equal(ours, theirs)
-        exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
-        near([ours], [exact], BITS[dtype])
+        if not torch.equal(linear(x[:rows], weight, bias), theirs[:rows]):
+            pytest.skip("the library's sums depend on the number of rows on this processor")
+        assert torch.equal(linear(x[:rows], made, bias), theirs[:rows])
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    near([linear(x, made, bias)], [exact], BITS[dtype])
 
 
 @pytest.mark.parametrize(("outs", "ins"), SIZES)
