@@ -55,7 +55,9 @@ class LayersInC:
     @staticmethod
     def fit(weights: Weights) -> bool:
         """Whether there is C for all of them, `fits` being true of the model."""
-        return all(map(_fits, weights.layers))
+        tiled = has_tiles(weights.dtype, weights.embedding.device)
+        kind = Tiles if tiled else Strips  # as the cache is laid out
+        return all(_fits(layer, kind) for layer in weights.layers)
 
     def __init__(self, weights: Weights, rows: int, prompts: Sequence[Cache], own: Sequence[Cache]) -> None:
         self.weights, turn = weights, weights.turn
@@ -151,12 +153,12 @@ class LayersInC:
         return add_norm(stream, delta, *self.weights.norm, self.weights.dtype)[1]
 
 
-def _fits(layer: Layer) -> bool:
+def _fits(layer: Layer, kind: type[Tiles | Strips]) -> bool:
     if isinstance(layer.mlp, Experts) and not in_c(layer.mlp.gate_up, layer.mlp.down):
         return False  # what torch says of a row depends on the others
     dense = layer.mlp if isinstance(layer.mlp, Dense) else None
     linears = [layer.qkv, layer.out, *([dense.gate_up, dense.down] if dense is not None else [])]
-    return all(isinstance(x.weight, Tiles | Strips) for x in linears) and _width(layer) % LANES == 0
+    return all(isinstance(x.weight, kind) for x in linears) and _width(layer) % LANES == 0
 
 
 def _width(layer: Layer) -> int:
