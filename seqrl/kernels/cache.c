@@ -104,20 +104,20 @@ INLINE void stretch(int pairs, int heads, Shape s, const uint32_t *q, const uint
    prompt_columns[p] columns in the prompts' cache, row r has own_columns[r] in slot own[r] of the other. k and v, as
    in `append`, are first put into the last of these, whose neighbours are read then anyway.
    Rows of one prompt side by side find it in the processor's cache. By all threads of a parallel region. */
-INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, const uint32_t *q, const void *k,
-                   const void *v, long v_stride, const uint32_t *prompt_keys, const void *prompt_values,
-                   long prompt_blocks, const int64_t *prompt, const int64_t *prompt_columns, uint32_t *own_keys,
-                   void *own_values, long own_blocks, const int64_t *own, const int64_t *own_columns, float *sums,
-                   void *out) {
+INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *of_rows, float *sums) {
+    long kv_heads = of_rows->kv_heads, size = of_rows->size, own_blocks = of_rows->blocks;
+    Shape s = {asked->heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};
+    const uint32_t *q = (const uint32_t *)asked->q;
+    const int64_t *own = of_rows->slot, *own_columns = of_rows->columns, *prompt = prompts->slot;
     long tasks = rows * kv_heads, chunk = tasks < 256 ? 1 : 16;
 #pragma omp for schedule(dynamic, chunk)
     for (long task = 0; task < tasks; task++) {
         long r = task / kv_heads, first = task * s.group;
-        long prompt_column = (prompt[r] * kv_heads + task % kv_heads) * prompt_blocks * LANES;
+        long prompt_column = (prompt[r] * kv_heads + task % kv_heads) * prompts->blocks * LANES;
         long own_column = (own[r] * kv_heads + task % kv_heads) * own_blocks * LANES;
-        const uint32_t *pk = prompt_keys + prompt_column * s.words, *ok = own_keys + own_column * s.words;
-        const void *pv = at(pairs, prompt_values, prompt_column * s.size);
-        const void *ov = at(pairs, own_values, own_column * s.size);
+        const uint32_t *pk = prompts->keys + prompt_column * s.words, *ok = of_rows->keys + own_column * s.words;
+        const void *pv = at(pairs, prompts->values, prompt_column * s.size);
+        const void *ov = at(pairs, of_rows->values, own_column * s.size);
         /* Other rows have just seen the prompt; the own columns of the next task are far away. They are asked for
            while this one's are read, and here those that it has more of. */
         long next = task + 1 < tasks ? task + 1 : task, of_next = own_columns[next / kv_heads];
@@ -127,22 +127,24 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
             __builtin_prefetch((const uint32_t *)ov + ahead + i, 0, 2);
         }
         put_column(pairs, s.size, own_blocks, own[r] * kv_heads + task % kv_heads, own_columns[r] - 1,
-                   at(pairs, k, task * s.size), at(pairs, v, r * v_stride + task % kv_heads * s.size), own_keys, own_values);
+                   at(pairs, asked->k, task * s.size), at(pairs, asked->v, r * asked->v_stride + task % kv_heads * s.size),
+                   of_rows->keys, of_rows->values);
+        long prompt_columns = prompts->columns[prompt[r]];
         for (long h = 0; h < s.group; h += 2) {
             float most[2] = {-3e38f, -3e38f}, total[2] = {0};
             float *mine = sums + (first + h) * s.size;
             const uint32_t *queries = q + (first + h) * s.words;
             memset(mine, 0, sizeof(float) * s.size * (h + 1 < s.group ? 2 : 1));
             if (h + 1 < s.group) {
-                stretch(pairs, 2, s, queries, pk, pv, prompt_columns[prompt[r]], 0, most, total, mine);
+                stretch(pairs, 2, s, queries, pk, pv, prompt_columns, 0, most, total, mine);
                 stretch(pairs, 2, s, queries, ok, ov, own_columns[r], h ? 0 : ahead, most, total, mine);
             } else {
-                stretch(pairs, 1, s, queries, pk, pv, prompt_columns[prompt[r]], 0, most, total, mine);
+                stretch(pairs, 1, s, queries, pk, pv, prompt_columns, 0, most, total, mine);
                 stretch(pairs, 1, s, queries, ok, ov, own_columns[r], h ? 0 : ahead, most, total, mine);
             }
             for (int i = 0; i < 2 && h + i < s.group; i++)
                 for (long d = 0; d < s.size; d += LANES)
-                    store(pairs, out, (first + h + i) * s.size + d, load_f32(mine + i * s.size + d) / total[i]);
+                    store(pairs, asked->out, (first + h + i) * s.size + d, load_f32(mine + i * s.size + d) / total[i]);
         }
     }
 }
@@ -161,30 +163,21 @@ INLINE void attend(int pairs, long rows, long heads, long kv_heads, Shape s, con
                               long prompt_blocks, const int64_t *prompt, const int64_t *prompt_columns,                \
                               uint32_t *own_keys, void *own_values, long own_blocks, const int64_t *own,               \
                               const int64_t *own_columns, float *sums, void *out) {                                    \
-        Shape s = {heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};                                  \
+        Asked asked = {heads, q, k, v, v_stride, out};                                                                 \
+        Cached prompts = {kv_heads, size, prompt_blocks, (uint32_t *)prompt_keys, (void *)prompt_values, prompt,       \
+                          prompt_columns};                                                                             \
+        Cached of_rows = {kv_heads, size, own_blocks, own_keys, own_values, own, own_columns};                         \
         if (pairs && tiles_here()) {                                                                                   \
-            Asked asked = {heads, q, k, v, v_stride, out};                                                             \
-            Cached prompts = {kv_heads, size, prompt_blocks, (uint32_t *)prompt_keys, (void *)prompt_values, prompt,   \
-                              prompt_columns};                                                                         \
-            Cached of_rows = {kv_heads, size, own_blocks, own_keys, own_values, own, own_columns};                     \
             attend_cached_tiles(rows, &asked, &prompts, &of_rows);                                                     \
-        } else                                                                                                         \
-            _Pragma("omp parallel")                                                                                    \
-            attend(pairs, rows, heads, kv_heads, s, q, k, v, v_stride, prompt_keys, prompt_values, prompt_blocks,      \
-                   prompt, prompt_columns, own_keys, own_values, own_blocks, own, own_columns, sums, out);             \
+            return;                                                                                                    \
+        }                                                                                                              \
+        _Pragma("omp parallel") attend(pairs, rows, &asked, &prompts, &of_rows, sums);                                 \
     }
 
 OF_TYPE(f32, 0)
 OF_TYPE(bf16, 1)
 
-INLINE void attend_all(int pairs, long rows, const Asked *a, const Cached *prompts, const Cached *own, float *sums) {
-    Shape s = {a->heads / own->kv_heads, own->size, own->size >> pairs, 1.0f / sqrtf((float)own->size)};
-    attend(pairs, rows, a->heads, own->kv_heads, s, (const uint32_t *)a->q, a->k, a->v, a->v_stride, prompts->keys,
-           prompts->values, prompts->blocks, prompts->slot, prompts->columns, own->keys, own->values, own->blocks, own->slot,
-           own->columns, sums, a->out);
-}
-
 void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own, float *sums) {
-    if (pairs) attend_all(1, rows, asked, prompts, own, sums);
-    else attend_all(0, rows, asked, prompts, own, sums);
+    if (pairs) attend(1, rows, asked, prompts, own, sums);
+    else attend(0, rows, asked, prompts, own, sums);
 }

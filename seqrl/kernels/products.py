@@ -83,11 +83,7 @@ def laid_out(weight: Tensor | Tiles) -> Matrix:
         return weight.laid_out()
     if not _reorders(weight.dtype, weight.device):
         return weight
-    # With fewer registers strips.c is slower at many rows.
-    if (
-        fits(weight.dtype, weight.dtype, weight.device)
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    ):
+    if fits(weight.dtype, weight.dtype, weight.device):
         stretch = _stretch(*weight.shape, weight.dtype)
         if stretch is not None:
             return Strips.of(weight.contiguous(), stretch)

@@ -23,8 +23,8 @@ void team_strips(int pairs, const Product *p, long stretch, long rows) {
     else products(0, p, stretch, rows);
 }
 
-void strip_products(long pairs, long stretch, long rows, long ins, long outs, const void *x, const uint32_t *w, const float *bias,
-                    void *y) {
+void strip_products(long pairs, long stretch, long rows, long ins, long outs, const void *x, const uint32_t *w,
+                    const float *bias, void *y) {
     Product p = {ins, outs, x, NULL, w, bias, y};
 #pragma omp parallel
     team_strips(pairs, &p, stretch, rows);

@@ -26,12 +26,12 @@ from seqrl.types import Batch
 ATTENTION_NAME = "seqrl_flat"
 
 
-Prompt = tuple[int, int]
+GroupPrompt = tuple[int, int]
 """The group it is of, and its tokens."""
 
 
 def by_tokens(
-    lengths: Sequence[int], max_tokens: int, prompts: Sequence[Prompt] | None = None
+    lengths: Sequence[int], max_tokens: int, prompts: Sequence[GroupPrompt] | None = None
 ) -> list[list[int]]:
     """Splits sequences into as few micro-batches as fit `max_tokens`, none of them larger than it has to be,
     each of similar lengths.
@@ -56,11 +56,11 @@ def by_tokens(
 
 
 def _filled(
-    order: Sequence[int], lengths: Sequence[int], prompts: Sequence[Prompt], size: int
+    order: Sequence[int], lengths: Sequence[int], prompts: Sequence[GroupPrompt], size: int
 ) -> list[list[int]]:
     """One part after the other, up to `size` tokens each."""
     parts: list[list[int]] = []
-    room, there = 0, set[Prompt]()
+    room, there = 0, set[GroupPrompt]()
     for index in order:
         prompt = prompts[index]
         tokens = lengths[index] - (prompt[1] if prompt in there else 0)

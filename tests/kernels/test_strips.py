@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import near, random
 
-from seqrl.kernels import Reordered, Strips, Tiles, laid_out, linear
+from seqrl.kernels import Strips, laid_out, linear
 
 BITS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 SIZES = [(96, 32), (64, 512), (352, 576), (1024, 1024), (32, 1088), (512, 1536), (64, 3072)]
@@ -49,4 +49,4 @@ def test_no_number_depends_on_how_many_rows_there_are(dtype: torch.dtype, outs: 
 
 def test_other_sizes_stay_with_the_library(dtype: torch.dtype) -> None:
     for outs, ins in ((351, 64), (64, 48)):
-        assert isinstance(laid_out(random(outs, ins).to(dtype)), Reordered | torch.Tensor | Tiles)
+        assert not isinstance(laid_out(random(outs, ins).to(dtype)), Strips)

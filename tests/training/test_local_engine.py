@@ -174,3 +174,22 @@ def test_the_state_is_enough_for_json_and_safetensors(
     assert all(
         isinstance(value, torch.Tensor) for value in [*state.model.values(), *state.optimizer.values()]
     )
+
+
+def test_a_groups_prompt_counts_once_where_its_responses_read_it_in_place(
+    make_model: Callable[..., Any], make_engine: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    batch = make_batch([(6, 4), (6, 4)])
+    calls: list[int] = []
+
+    class Counted(Likelihood):
+        def __call__(self, logprobs: Any, entropy: Any, part: Batch, *others: Any) -> Any:
+            calls.append(len(part))
+            return super().__call__(logprobs, entropy, part, *others)
+
+    in_place = make_engine(make_model("qwen3", head_dim=32), max_tokens=14)
+    in_place.update(batch, Counted())
+    assert calls == [2], "6 + 4 + 4 tokens"
+    side_by_side = make_engine(make_model("qwen3"), max_tokens=14)  # halves of heads fill no vector
+    side_by_side.update(batch, Counted())
+    assert calls == [2, 1, 1]
