@@ -31,72 +31,97 @@ INLINE void append(int pairs, long tokens, long kv_heads, long size, long blocks
                        at(pairs, v, t * v_stride + h * size), keys, values);
 }
 
-/* Scores of 16 `blocks` keys for some heads of a group, [heads, KEYS]. Asks for what lies `ahead` words after them. */
-INLINE void scores_of(int pairs, int heads, int blocks, Shape s, const uint32_t *q, const uint32_t *keys, long ahead,
-                      float *scores) {
-    vf sums[2][2] = {{{0}}};
+/* Queries of some heads of a group, q [heads, words], and what they have seen so far: the largest score, the weights'
+   sum, and what they weigh, out [heads, size]. */
+typedef struct {
+    const uint32_t *q;
+    float most[2], total[2];
+    float *out;
+} Seeing;
+
+/* What `n` keys, in up to 16 `blocks` of columns, weigh for some heads, [heads, KEYS], as numbers and as words, and by
+   how much what was seen before shrinks. Asks for what lies `ahead` words after them. */
+INLINE void weigh(int pairs, int heads, int blocks, Shape s, Seeing *of, const uint32_t *keys, long n, long ahead,
+                  float *weights, uint32_t *words, float *shrink) {
+    vf sums[2][4] = {{{0}}}, before = {0};
     for (long d = 0; d < s.words; d++)
         for (int b = 0; b < blocks; b++) {
             word key = words_at(keys + (b * s.words + d) * LANES);
             __builtin_prefetch(keys + (b * s.words + d) * LANES + ahead, 0, 2);
-            for (int h = 0; h < heads; h++) sums[h][b] = multiply(pairs, splat_word(q[h * s.words + d]), key, sums[h][b]);
+            for (int h = 0; h < heads; h++) sums[h][b] = multiply(pairs, splat_word(of->q[h * s.words + d]), key, sums[h][b]);
         }
-    for (int h = 0; h < heads; h++)
-        for (int b = 0; b < blocks; b++) store_f32(scores + h * KEYS + b * LANES, sums[h][b] * s.scale);
+    vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int h = 0; h < heads; h++) {
+        vf tops = splat(of->most[h]);
+        for (int b = 0; b < blocks; b++) sums[h][b] *= s.scale;
+        sums[h][blocks - 1] = pick(lane < (int32_t)(n - (blocks - 1) * LANES), sums[h][blocks - 1], splat(-INFINITY));
+        for (int b = 0; b < blocks; b++) tops = larger(sums[h][b], tops);
+        float top = largest(tops);
+        before[h] = of->most[h] - top, of->most[h] = top;
+    }
+    before = vexp(before);
+    for (int h = 0; h < heads; h++) {
+        shrink[h] = before[h];
+        for (int b = 0; b < blocks; b++) {
+            vf p = vexp(sums[h][b] - of->most[h]);
+            store_f32(weights + h * KEYS + b * LANES, p);
+            store(pairs, words, h * KEYS + b * LANES, p);
+        }
+    }
 }
 
-/* Adds to `heads` rows of out [heads, size] what `count` columns say in 16 `vectors` of their numbers; weights
-   [heads, KEYS] as words. */
-INLINE void add_values(int pairs, int heads, int vectors, Shape s, const uint32_t *weights, const void *values,
-                       long count, long ahead, float *out) {
+/* Adds to 16 `vectors` of the numbers of what `heads` have seen, shrunk, what `n` columns say in them. The first of
+   them add up the weights, too, meanwhile. */
+INLINE void add_values(int pairs, int heads, int vectors, int first, Shape s, Seeing *of, const float *weights,
+                       const uint32_t *words, const float *shrink, const void *values, long n, long ahead, float *out) {
     vf sums[2][4];
-    for (int h = 0; h < heads; h++)
-        for (int i = 0; i < vectors; i++) sums[h][i] = load_f32(out + h * s.size + i * LANES);
-    for (long c = 0; c < count; c += 1 + pairs)
-        for (int i = 0; i < vectors; i++) {
-            const void *value = at(pairs, values, c * s.size + i * LANES);
-            if (!pairs || i % 2 == 0) {
-                __builtin_prefetch((const uint32_t *)value + ahead, 0, 2);
-                if (pairs) __builtin_prefetch((const uint32_t *)at(pairs, value, s.size) + ahead, 0, 2);
-            }
-            word w = of_rows(pairs, value, c + 1 < count ? at(pairs, value, s.size) : NULL);
-            for (int h = 0; h < heads; h++)
-                sums[h][i] = multiply(pairs, splat_at(weights + ((h * KEYS + c) >> pairs)), w, sums[h][i]);
+    float total[2];
+    for (int h = 0; h < heads; h++) {
+        if (first) total[h] = of->total[h] * shrink[h];
+        for (int i = 0; i < vectors; i++) sums[h][i] = load_f32(out + h * s.size + i * LANES) * shrink[h];
+    }
+    for (long c = 0; c < n; c += 1 + pairs) {
+        const void *one = at(pairs, values, c * s.size), *two = c + 1 < n ? at(pairs, one, s.size) : NULL;
+        for (int i = 0; i < vectors; i += 1 + pairs) {
+            __builtin_prefetch((const uint32_t *)at(pairs, one, i * LANES) + ahead, 0, 2);
+            if (pairs) __builtin_prefetch((const uint32_t *)at(pairs, one, s.size + i * LANES) + ahead, 0, 2);
         }
-    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < vectors; i++) {
+            word w = of_rows(pairs, at(pairs, one, i * LANES), two ? at(pairs, two, i * LANES) : NULL);
+            for (int h = 0; h < heads; h++)
+                sums[h][i] = multiply(pairs, splat_at(words + ((h * KEYS + c) >> pairs)), w, sums[h][i]);
+        }
+        for (int h = 0; h < heads && first; h++) {
+            total[h] += weights[h * KEYS + c];
+            if (pairs) total[h] += weights[h * KEYS + c + 1]; /* 0 after the last */
+        }
+    }
+    for (int h = 0; h < heads; h++) {
+        if (first) of->total[h] = total[h];
         for (int i = 0; i < vectors; i++) store_f32(out + h * s.size + i * LANES, sums[h][i]);
+    }
 }
 
-/* A stretch of cached columns for some heads of a group, q [heads, words]. As much is asked for `ahead` words after. */
-INLINE void stretch(int pairs, int heads, Shape s, const uint32_t *q, const uint32_t *keys, const void *values,
-                    long columns, long ahead, float *most, float *total, float *out) {
-    float scores[2 * KEYS];
-    uint32_t weights[2 * KEYS];
+/* A stretch of cached columns. As much is asked for `ahead` words after. */
+INLINE void see(int pairs, int heads, Shape s, Seeing *of, const uint32_t *keys, const void *values, long columns, long ahead) {
+    float weights[2 * KEYS], shrink[2];
+    uint32_t words[2 * KEYS];
     for (long start = 0; start < columns; start += KEYS) {
-        long n = columns - start < KEYS ? columns - start : KEYS, padded = (n + LANES - 1) / LANES * LANES, c = 0;
+        long n = columns - start < KEYS ? columns - start : KEYS, d = 0;
         const uint32_t *block = keys + start * s.words;
         const void *value = at(pairs, values, start * s.size);
-        for (; c + 2 * LANES <= padded; c += 2 * LANES) scores_of(pairs, heads, 2, s, q, block + c * s.words, ahead, scores + c);
-        if (c < padded) scores_of(pairs, heads, 1, s, q, block + c * s.words, ahead, scores + c);
-        for (int h = 0; h < heads; h++) {
-            float *of_h = scores + h * KEYS;
-            for (c = n; c < padded; c++) of_h[c] = -INFINITY;
-            vf tops = splat(most[h]);
-            for (c = 0; c < padded; c += LANES) tops = larger(load_f32(of_h + c), tops);
-            float top = largest(tops), shrink = vexp(splat(most[h] - top))[0], sum = total[h] * shrink;
-            for (c = 0; c < padded; c += LANES) {
-                vf p = vexp(load_f32(of_h + c) - top);
-                store_f32(of_h + c, p);
-                store(pairs, weights, h * KEYS + c, p);
-            }
-            for (c = 0; c < n; c++) sum += of_h[c];
-            for (long d = 0; d < s.size; d += LANES)
-                store_f32(out + h * s.size + d, load_f32(out + h * s.size + d) * shrink);
-            most[h] = top, total[h] = sum;
-        }
-        long d = 0;
-        for (; d + 4 * LANES <= s.size; d += 4 * LANES) add_values(pairs, heads, 4, s, weights, at(pairs, value, d), n, ahead, out + d);
-        for (; d < s.size; d += LANES) add_values(pairs, heads, 1, s, weights, at(pairs, value, d), n, ahead, out + d);
+        if (n <= LANES) weigh(pairs, heads, 1, s, of, block, n, ahead, weights, words, shrink);
+        else if (n <= 2 * LANES) weigh(pairs, heads, 2, s, of, block, n, ahead, weights, words, shrink);
+        else if (n <= 3 * LANES) weigh(pairs, heads, 3, s, of, block, n, ahead, weights, words, shrink);
+        else weigh(pairs, heads, 4, s, of, block, n, ahead, weights, words, shrink);
+        if (s.size % (4 * LANES) == 0)
+            for (; d < s.size; d += 4 * LANES)
+                if (!d) add_values(pairs, heads, 4, 1, s, of, weights, words, shrink, value, n, ahead, of->out);
+                else add_values(pairs, heads, 4, 0, s, of, weights, words, shrink, at(pairs, value, d), n, ahead, of->out + d);
+        else
+            for (; d < s.size; d += LANES)
+                if (!d) add_values(pairs, heads, 1, 1, s, of, weights, words, shrink, value, n, ahead, of->out);
+                else add_values(pairs, heads, 1, 0, s, of, weights, words, shrink, at(pairs, value, d), n, ahead, of->out + d);
     }
 }
 
@@ -109,6 +134,7 @@ INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *promp
     Shape s = {asked->heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};
     const uint32_t *q = (const uint32_t *)asked->q;
     const int64_t *own = of_rows->slot, *own_columns = of_rows->columns, *prompt = prompts->slot;
+    float mine[2 * size];
     long tasks = rows * kv_heads, chunk = tasks < 256 ? 1 : 16;
 #pragma omp for schedule(dynamic, chunk)
     for (long task = 0; task < tasks; task++) {
@@ -131,20 +157,19 @@ INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *promp
                    of_rows->keys, of_rows->values);
         long prompt_columns = prompts->columns[prompt[r]];
         for (long h = 0; h < s.group; h += 2) {
-            float most[2] = {-3e38f, -3e38f}, total[2] = {0};
-            float *mine = sums + (first + h) * s.size;
-            const uint32_t *queries = q + (first + h) * s.words;
-            memset(mine, 0, sizeof(float) * s.size * (h + 1 < s.group ? 2 : 1));
+            Seeing of = {q + (first + h) * s.words, {-3e38f, -3e38f}, {0}, mine};
+            long further = h ? 0 : ahead;
+            memset(mine, 0, sizeof mine);
             if (h + 1 < s.group) {
-                stretch(pairs, 2, s, queries, pk, pv, prompt_columns, 0, most, total, mine);
-                stretch(pairs, 2, s, queries, ok, ov, own_columns[r], h ? 0 : ahead, most, total, mine);
+                see(pairs, 2, s, &of, pk, pv, prompt_columns, 0);
+                see(pairs, 2, s, &of, ok, ov, own_columns[r], further);
             } else {
-                stretch(pairs, 1, s, queries, pk, pv, prompt_columns, 0, most, total, mine);
-                stretch(pairs, 1, s, queries, ok, ov, own_columns[r], h ? 0 : ahead, most, total, mine);
+                see(pairs, 1, s, &of, pk, pv, prompt_columns, 0);
+                see(pairs, 1, s, &of, ok, ov, own_columns[r], further);
             }
             for (int i = 0; i < 2 && h + i < s.group; i++)
-                for (long d = 0; d < s.size; d += LANES)
-                    store(pairs, asked->out, (first + h + i) * s.size + d, load_f32(mine + i * s.size + d) / total[i]);
+                for (long d = 0; d < size; d += LANES)
+                    store(pairs, asked->out, (first + h + i) * size + d, load_f32(mine + i * size + d) / of.total[i]);
         }
     }
 }

@@ -29,7 +29,7 @@ INLINE int products(int pairs, long experts, long ins, long outs, const void *x,
     for (long t = 0; t < count * strips; t++) {
         Chunk c = tasks[t / strips];
         const uint32_t *matrix = (const uint32_t *)w + (c.matrix * strips + t % strips) * 2 * next;
-        strip_of_rows(pairs, c, steps, steps, x, token, matrix, LANES, next, NULL, y, outs, t % strips * STRIP);
+        strip_of_rows(pairs, c, steps, steps, x, token, matrix, LANES, next, NULL, y, outs, t % strips * STRIP, matrix + 2 * next);
     }
     free(tasks);
     return 0;
@@ -51,7 +51,7 @@ INLINE int products_backward_x(int pairs, long experts, long ins, long outs, con
             Chunk c = tasks[t / strips];
             long column = t % strips * STRIP;
             panel(pairs, w, NULL, c.matrix * outs, outs, ins, column, columns);
-            strip_of_rows(pairs, c, steps, steps, dy, NULL, columns, STRIP, LANES, NULL, dx, ins, column);
+            strip_of_rows(pairs, c, steps, steps, dy, NULL, columns, STRIP, LANES, NULL, dx, ins, column, columns);
         }
         free(columns);
     }
@@ -83,7 +83,7 @@ INLINE int products_backward_w(int pairs, long experts, long ins, long outs, con
                         const uint32_t *row[ROWS];
                         for (long s = 0; s < ROWS; s++) row[s] = of_y + o + s;
                         tile(pairs, ROWS, (count + pairs) / (1 + pairs), row, STRIP, of_x, STRIP, LANES,
-                             sums[i / STRIP] + o);
+                             sums[i / STRIP] + o, NULL);
                     }
                 }
             }

@@ -3,18 +3,21 @@
    They are to be oneDNN's, with which training multiplies, to the last bit. It adds up a stretch of numbers one after
    the other, and then these sums; how long a stretch is it is asked before (products.py). ins and outs are multiples of
    32. */
+#include <omp.h>
+
 #include "strips.h"
 #include "tiles.h"
 
 INLINE void products(int pairs, const Product *p, long stretch, long rows) {
-    long strips = p->outs / STRIP, steps = p->ins >> pairs, next = steps * LANES;
-    long tasks = (rows + CHUNK - 1) / CHUNK * strips;
-#pragma omp for schedule(dynamic, 2)
+    long strips = p->outs / STRIP, steps = p->ins >> pairs, next = steps * LANES, chunk = CHUNK;
+    while (chunk > ROWS && (rows + chunk - 1) / chunk * strips < 4 * omp_get_num_threads()) chunk /= 2;
+    long tasks = (rows + chunk - 1) / chunk * strips;
+#pragma omp for schedule(guided, 2)
     for (long t = 0; t < tasks; t++) {
-        long first = t / strips * CHUNK, column = t % strips * STRIP;
-        Chunk c = {0, first, rows - first < CHUNK ? rows : first + CHUNK};
-        strip_of_rows(pairs, c, steps, stretch >> pairs, p->x, NULL, p->w + t % strips * 2 * next, LANES, next, p->bias,
-                      p->y, p->outs, column);
+        long first = t / strips * chunk, strip = t % strips;
+        Chunk c = {0, first, rows - first < chunk ? rows : first + chunk};
+        strip_of_rows(pairs, c, steps, stretch >> pairs, p->x, NULL, p->w + strip * 2 * next, LANES, next, p->bias, p->y,
+                      p->outs, strip * STRIP, p->w + (strip + 1) % strips * 2 * next);
     }
 }
 
