@@ -310,12 +310,12 @@ def attend_cached(
     `prompts`, of `prompt_columns[prompt[r]]` columns, and `own_columns[r]` in slot `slot[r]` of `own`, in the
     last of which its key and value are put first; `k` and `v` [B, K, D].
     """
-    rows, out, sums = slot.shape[0], torch.empty_like(q), torch.empty(q.shape)
+    rows, out = slot.shape[0], torch.empty_like(q)
     out[rows:] = 0
     call(
         f"attend_cached_{SUFFIX[q.dtype]}",
         *(rows, q.shape[1], own.keys.shape[1], q.shape[2], q, k, v.data_ptr(), v.stride(0)),
         *(prompts.keys, prompts.values, prompts.blocks, prompt, prompt_columns),
-        *(own.keys, own.values, own.blocks, slot, own_columns, sums, out),
+        *(own.keys, own.values, own.blocks, slot, own_columns, out),
     )
     return out.flatten(1)

@@ -44,7 +44,7 @@ _OF_STORAGE = {
     "expert_backward_x": "lll pppp",
     "expert_backward_w": "lll ppppp",
     "append": "llll pp l pppp",
-    "attend_cached": "llll ppp l pp l pppp l pppp",
+    "attend_cached": "llll ppp l pp l pppp l ppp",
     "attend_forward": "llll ppp l pppp l pp",
     "attend_backward": "llll ppp l pppppppp l ppp",
     "head_fold": "llll f ppppppp",

@@ -6,6 +6,8 @@
 #include "cache.h"
 #include "tiles.h"
 
+#define NEAR_NUMBERS (1 << 15) /* of a task's keys, of which the processor's cache has room for a few times as many */
+
 typedef struct {
     long group, size, words;
     float scale;
@@ -129,14 +131,14 @@ INLINE void see(int pairs, int heads, Shape s, Seeing *of, const uint32_t *keys,
    prompt_columns[p] columns in the prompts' cache, row r has own_columns[r] in slot own[r] of the other. k and v, as
    in `append`, are first put into the last of these, whose neighbours are read then anyway.
    Rows of one prompt side by side find it in the processor's cache. By all threads of a parallel region. */
-INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *of_rows, float *sums) {
+INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *of_rows) {
     long kv_heads = of_rows->kv_heads, size = of_rows->size, own_blocks = of_rows->blocks;
     Shape s = {asked->heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};
     const uint32_t *q = (const uint32_t *)asked->q;
     const int64_t *own = of_rows->slot, *own_columns = of_rows->columns, *prompt = prompts->slot;
     float mine[2 * size];
-    long tasks = rows * kv_heads, chunk = tasks < 256 ? 1 : 16;
-#pragma omp for schedule(dynamic, chunk)
+    long tasks = rows * kv_heads;
+#pragma omp for schedule(guided)
     for (long task = 0; task < tasks; task++) {
         long r = task / kv_heads, first = task * s.group;
         long prompt_column = (prompt[r] * kv_heads + task % kv_heads) * prompts->blocks * LANES;
@@ -144,9 +146,10 @@ INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *promp
         const uint32_t *pk = prompts->keys + prompt_column * s.words, *ok = of_rows->keys + own_column * s.words;
         const void *pv = at(pairs, prompts->values, prompt_column * s.size);
         const void *ov = at(pairs, of_rows->values, own_column * s.size);
-        /* Other rows have just seen the prompt; the own columns of the next task are far away. They are asked for
-           while this one's are read, and here those that it has more of. */
-        long next = task + 1 < tasks ? task + 1 : task, of_next = own_columns[next / kv_heads];
+        /* Other rows have just seen the prompt; the own columns of a later task are far away. They are asked for while
+           this one's are read, and here those that it has more of: two tasks ahead, as far as there is room. */
+        long later = task + (own_columns[r] * size <= NEAR_NUMBERS ? 2 : 1), next = later < tasks ? later : task;
+        long of_next = own_columns[next / kv_heads];
         long ahead = ((own[next / kv_heads] * kv_heads + next % kv_heads) * own_blocks * LANES - own_column) * s.words;
         for (long i = own_columns[r] * s.words; i < of_next * s.words; i += LANES) {
             __builtin_prefetch(ok + ahead + i, 0, 2);
@@ -187,7 +190,7 @@ INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *promp
                               const void *v, long v_stride, const uint32_t *prompt_keys, const void *prompt_values,    \
                               long prompt_blocks, const int64_t *prompt, const int64_t *prompt_columns,                \
                               uint32_t *own_keys, void *own_values, long own_blocks, const int64_t *own,               \
-                              const int64_t *own_columns, float *sums, void *out) {                                    \
+                              const int64_t *own_columns, void *out) {                                    \
         Asked asked = {heads, q, k, v, v_stride, out};                                                                 \
         Cached prompts = {kv_heads, size, prompt_blocks, (uint32_t *)prompt_keys, (void *)prompt_values, prompt,       \
                           prompt_columns};                                                                             \
@@ -196,13 +199,13 @@ INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *promp
             attend_cached_tiles(rows, &asked, &prompts, &of_rows);                                                     \
             return;                                                                                                    \
         }                                                                                                              \
-        _Pragma("omp parallel") attend(pairs, rows, &asked, &prompts, &of_rows, sums);                                 \
+        _Pragma("omp parallel") attend(pairs, rows, &asked, &prompts, &of_rows);                                 \
     }
 
 OF_TYPE(f32, 0)
 OF_TYPE(bf16, 1)
 
-void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own, float *sums) {
-    if (pairs) attend(1, rows, asked, prompts, own, sums);
-    else attend(0, rows, asked, prompts, own, sums);
+void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own) {
+    if (pairs) attend(1, rows, asked, prompts, own);
+    else attend(0, rows, asked, prompts, own);
 }

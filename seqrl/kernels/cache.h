@@ -41,7 +41,7 @@ long runs_of(long rows, long group, const int64_t *prompt, Run *runs);
 /* The same as above by all threads of a parallel region, who take tasks from `taken`, 0 at first. */
 void team_attend(const Asked *asked, const Cached *prompts, const Cached *own, const Run *run, long runs, long *taken);
 
-/* The same without tiles, of float32 or pairs of bfloat16 (cache.c); sums: room for [rows, heads, size]. */
-void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own, float *sums);
+/* The same without tiles, of float32 or pairs of bfloat16 (cache.c). */
+void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own);
 
 #endif

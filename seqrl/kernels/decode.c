@@ -35,7 +35,6 @@ typedef struct {
     void *stream;                                           /* [rows, hidden], added to in place */
     const void *delta;                                      /* to be added to it first, or NULL */
     void *normed, *qkv, *q, *k, *seen, *said, *gated, *inner; /* said: what a layer adds, [rows, hidden] */
-    float *sums;                                            /* [rows, heads, size] */
 } Step;
 
 /* Rows of a thread's own. */
@@ -98,7 +97,7 @@ static void attend(const Step *s, const Asked *asked, const Cached *prompts, con
         return;
     }
 #endif
-    team_attend_words(s->pairs, s->rows, asked, prompts, own, s->sums);
+    team_attend_words(s->pairs, s->rows, asked, prompts, own);
 }
 
 /* One token for each row through `count` layers. Returns nonzero without memory. */

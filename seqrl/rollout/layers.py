@@ -44,7 +44,7 @@ class _Step(Structure):
         *((name, c_void_p) for name in ("positions", "prompt", "prompt_columns", "slot", "own_columns")),
         *((name, c_long) for name in ("prompt_blocks", "own_blocks")),
         *((name, c_void_p) for name in ("stream", "delta")),
-        *((name, c_void_p) for name in ("normed", "qkv", "q", "k", "seen", "said", "gated", "inner", "sums")),
+        *((name, c_void_p) for name in ("normed", "qkv", "q", "k", "seen", "said", "gated", "inner")),
     ]
 
 
@@ -93,7 +93,6 @@ class LayersInC:
             seen=made(q_width).data_ptr(),
             gated=made(2 * inner).data_ptr(),
             inner=made(inner).data_ptr(),
-            sums=made(q_width, torch.float32).data_ptr(),
         )
         each = zip(layers, prompts, own, strict=True)
         self._layers = (_Layer * len(layers))(*(self._layer(*of_layer) for of_layer in each))
