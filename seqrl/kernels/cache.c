@@ -127,54 +127,57 @@ INLINE void see(int pairs, int heads, Shape s, Seeing *of, const uint32_t *keys,
     }
 }
 
-/* One query a row, over the columns of its prompt and then its own. q, out: [rows, heads, size]; prompt p has
-   prompt_columns[p] columns in the prompts' cache, row r has own_columns[r] in slot own[r] of the other. k and v, as
-   in `append`, are first put into the last of these, whose neighbours are read then anyway.
-   Rows of one prompt side by side find it in the processor's cache. By all threads of a parallel region. */
-INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *of_rows) {
+/* The query of a row for a key head, task `task` of those before `end`, over the columns of its prompt and then its own.
+   q, out: [rows, heads, size]; prompt p has prompt_columns[p] columns in the prompts' cache, row r has own_columns[r] in
+   slot own[r] of the other. k and v, as in `append`, are first put into the last of these, whose neighbours are read
+   then anyway. Rows of one prompt side by side find it in the processor's cache. */
+INLINE void attend_task(int pairs, long task, long end, const Asked *asked, const Cached *prompts,
+                        const Cached *of_rows) {
     long kv_heads = of_rows->kv_heads, size = of_rows->size, own_blocks = of_rows->blocks;
     Shape s = {asked->heads / kv_heads, size, size >> pairs, 1.0f / sqrtf((float)size)};
     const uint32_t *q = (const uint32_t *)asked->q;
     const int64_t *own = of_rows->slot, *own_columns = of_rows->columns, *prompt = prompts->slot;
     float mine[2 * size];
-    long tasks = rows * kv_heads;
-#pragma omp for schedule(guided)
-    for (long task = 0; task < tasks; task++) {
-        long r = task / kv_heads, first = task * s.group;
-        long prompt_column = (prompt[r] * kv_heads + task % kv_heads) * prompts->blocks * LANES;
-        long own_column = (own[r] * kv_heads + task % kv_heads) * own_blocks * LANES;
-        const uint32_t *pk = prompts->keys + prompt_column * s.words, *ok = of_rows->keys + own_column * s.words;
-        const void *pv = at(pairs, prompts->values, prompt_column * s.size);
-        const void *ov = at(pairs, of_rows->values, own_column * s.size);
-        /* Other rows have just seen the prompt; the own columns of a later task are far away. They are asked for while
-           this one's are read, and here those that it has more of: two tasks ahead, as far as there is room. */
-        long later = task + (own_columns[r] * size <= NEAR_NUMBERS ? 2 : 1), next = later < tasks ? later : task;
-        long of_next = own_columns[next / kv_heads];
-        long ahead = ((own[next / kv_heads] * kv_heads + next % kv_heads) * own_blocks * LANES - own_column) * s.words;
-        for (long i = own_columns[r] * s.words; i < of_next * s.words; i += LANES) {
-            __builtin_prefetch(ok + ahead + i, 0, 2);
-            __builtin_prefetch((const uint32_t *)ov + ahead + i, 0, 2);
-        }
-        put_column(pairs, s.size, own_blocks, own[r] * kv_heads + task % kv_heads, own_columns[r] - 1,
-                   at(pairs, asked->k, task * s.size), at(pairs, asked->v, r * asked->v_stride + task % kv_heads * s.size),
-                   of_rows->keys, of_rows->values);
-        long prompt_columns = prompts->columns[prompt[r]];
-        for (long h = 0; h < s.group; h += 2) {
-            Seeing of = {q + (first + h) * s.words, {-3e38f, -3e38f}, {0}, mine};
-            long further = h ? 0 : ahead;
-            memset(mine, 0, sizeof mine);
-            if (h + 1 < s.group) {
-                see(pairs, 2, s, &of, pk, pv, prompt_columns, 0);
-                see(pairs, 2, s, &of, ok, ov, own_columns[r], further);
-            } else {
-                see(pairs, 1, s, &of, pk, pv, prompt_columns, 0);
-                see(pairs, 1, s, &of, ok, ov, own_columns[r], further);
-            }
-            for (int i = 0; i < 2 && h + i < s.group; i++)
-                for (long d = 0; d < size; d += LANES)
-                    store(pairs, asked->out, (first + h + i) * size + d, load_f32(mine + i * size + d) / of.total[i]);
-        }
+    long r = task / kv_heads, first = task * s.group;
+    long prompt_column = (prompt[r] * kv_heads + task % kv_heads) * prompts->blocks * LANES;
+    long own_column = (own[r] * kv_heads + task % kv_heads) * own_blocks * LANES;
+    const uint32_t *pk = prompts->keys + prompt_column * s.words, *ok = of_rows->keys + own_column * s.words;
+    const void *pv = at(pairs, prompts->values, prompt_column * s.size);
+    const void *ov = at(pairs, of_rows->values, own_column * s.size);
+    /* Other rows have just seen the prompt; the own columns of a later task are far away. They are asked for while
+       this one's are read, and here those that it has more of: two tasks ahead, as far as there is room. */
+    long later = task + (own_columns[r] * size <= NEAR_NUMBERS ? 2 : 1), next = later < end ? later : task;
+    long of_next = own_columns[next / kv_heads];
+    long ahead = ((own[next / kv_heads] * kv_heads + next % kv_heads) * own_blocks * LANES - own_column) * s.words;
+    for (long i = own_columns[r] * s.words; i < of_next * s.words; i += LANES) {
+        __builtin_prefetch(ok + ahead + i, 0, 2);
+        __builtin_prefetch((const uint32_t *)ov + ahead + i, 0, 2);
     }
+    put_column(pairs, s.size, own_blocks, own[r] * kv_heads + task % kv_heads, own_columns[r] - 1,
+               at(pairs, asked->k, task * s.size), at(pairs, asked->v, r * asked->v_stride + task % kv_heads * s.size),
+               of_rows->keys, of_rows->values);
+    long prompt_columns = prompts->columns[prompt[r]];
+    for (long h = 0; h < s.group; h += 2) {
+        Seeing of = {q + (first + h) * s.words, {-3e38f, -3e38f}, {0}, mine};
+        long further = h ? 0 : ahead;
+        memset(mine, 0, sizeof mine);
+        if (h + 1 < s.group) {
+            see(pairs, 2, s, &of, pk, pv, prompt_columns, 0);
+            see(pairs, 2, s, &of, ok, ov, own_columns[r], further);
+        } else {
+            see(pairs, 1, s, &of, pk, pv, prompt_columns, 0);
+            see(pairs, 1, s, &of, ok, ov, own_columns[r], further);
+        }
+        for (int i = 0; i < 2 && h + i < s.group; i++)
+            for (long d = 0; d < size; d += LANES)
+                store(pairs, asked->out, (first + h + i) * size + d, load_f32(mine + i * size + d) / of.total[i]);
+    }
+}
+
+INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *of_rows) {
+    long tasks = rows * of_rows->kv_heads;
+#pragma omp for schedule(guided)
+    for (long task = 0; task < tasks; task++) attend_task(pairs, task, tasks, asked, prompts, of_rows);
 }
 
 #define OF_TYPE(type, pairs)                                                                                       \
@@ -208,4 +211,11 @@ OF_TYPE(bf16, 1)
 void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own) {
     if (pairs) attend(1, rows, asked, prompts, own);
     else attend(0, rows, asked, prompts, own);
+}
+
+void attend_words(int pairs, Part rows, const Asked *asked, const Cached *prompts, const Cached *own) {
+    long first = rows.first * own->kv_heads, end = first + rows.count * own->kv_heads;
+    for (long task = first; task < end; task++)
+        if (pairs) attend_task(1, task, end, asked, prompts, own);
+        else attend_task(0, task, end, asked, prompts, own);
 }

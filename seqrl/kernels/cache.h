@@ -2,6 +2,7 @@
 #ifndef SEQRL_CACHE_H
 #define SEQRL_CACHE_H
 
+#include "chunks.h"
 #include "words.h"
 
 #define KEYS 64 /* columns whose scores are held at once, as in attention.h */
@@ -41,7 +42,9 @@ long runs_of(long rows, long group, const int64_t *prompt, Run *runs);
 /* The same as above by all threads of a parallel region, who take tasks from `taken`, 0 at first. */
 void team_attend(const Asked *asked, const Cached *prompts, const Cached *own, const Run *run, long runs, long *taken);
 
-/* The same without tiles, of float32 or pairs of bfloat16 (cache.c). */
+/* The same without tiles, of float32 or pairs of bfloat16 (cache.c), by all threads of a parallel region; and of some
+   rows by one of them. */
 void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own);
+void attend_words(int pairs, Part rows, const Asked *asked, const Cached *prompts, const Cached *own);
 
 #endif

@@ -9,6 +9,11 @@ typedef struct {
     long matrix, first, end; /* rows */
 } Chunk;
 
+/* Rows of a thread's own. */
+typedef struct {
+    long first, count;
+} Part;
+
 /* Matrix m has the rows up to ends[m], from where the one before it ends. NULL without memory. */
 static inline Chunk *chunks(long matrices, const int64_t *ends, long size, long *count) {
     long total = 0, at = 0;

@@ -1,5 +1,9 @@
-/* Layers of a token step, all of them in one call: between two operations threads wait for each other, and nobody for
-   Python. The operations are those of training, so that the numbers are. */
+/* Layers of a token step, all of them in one call, in which nobody waits for Python. The operations are those of
+   training, so that the numbers are.
+
+   With many rows each thread goes through all layers with rows of its own and waits for nobody: that one is held up
+   by the system, or far from the other's cache, costs little then. With few, and on tiles, threads share each
+   operation, and wait for each other after it. */
 #include <omp.h>
 
 #include "cache.h"
@@ -37,10 +41,8 @@ typedef struct {
     void *normed, *qkv, *q, *k, *seen, *said, *gated, *inner; /* said: what a layer adds, [rows, hidden] */
 } Step;
 
-/* Rows of a thread's own. */
-typedef struct {
-    long first, count;
-} Part;
+#define APART 64 /* rows for each thread, from which on they are its own, */
+#define UNIT 8   /* so many at a time, as products take them */
 
 static void *from(const Step *s, const void *x, long number) { return (void *)at(s->pairs, x, number); }
 
@@ -73,12 +75,14 @@ static void gate(Part p, const Step *s, const Layer *l) {
     else gate_f32(p.count, l->width, gate_up, inner);
 }
 
-/* By all threads, which have waited for each other at the end. Returns nonzero without memory. */
-static int product(const Step *s, Product p, long stretch, const Chunk *tasks, long count) {
+/* Of the rows of `apart`, or, where it is NULL, by all threads, which have waited for each other at the end. Returns
+   nonzero without memory. */
+static int product(const Step *s, const Part *apart, Product p, long stretch, const Chunk *tasks, long count) {
 #ifdef __AMX_BF16__
     if (s->on_tiles) return team_products(&p, tasks, count);
 #endif
-    team_strips(s->pairs, &p, stretch, s->rows);
+    if (apart) rows_strips(s->pairs, &p, stretch, *apart);
+    else team_strips(s->pairs, &p, stretch, s->rows);
     return 0;
 }
 
@@ -89,15 +93,22 @@ static long runs(const Step *s, Run *found) {
     return 0;
 }
 
-static void attend(const Step *s, const Asked *asked, const Cached *prompts, const Cached *own, const Run *found,
-                   long count, long *taken) {
+static void attend(const Step *s, const Part *apart, const Asked *asked, const Cached *prompts, const Cached *own,
+                   const Run *found, long count, long *taken) {
 #ifdef __AMX_BF16__
     if (s->on_tiles) {
         team_attend(asked, prompts, own, found, count, taken);
         return;
     }
 #endif
-    team_attend_words(s->pairs, s->rows, asked, prompts, own);
+    if (apart) attend_words(s->pairs, *apart, asked, prompts, own);
+    else team_attend_words(s->pairs, s->rows, asked, prompts, own);
+}
+
+static void wait_for_others(const Part *apart) {
+    if (!apart) {
+#pragma omp barrier
+    }
 }
 
 /* One token for each row through `count` layers. Returns nonzero without memory. */
@@ -113,8 +124,9 @@ int decode_layers(const Layer *layers, long count, const Step *s) {
 #pragma omp parallel reduction(| : failed)
     {
         long me = omp_get_thread_num(), team = omp_get_num_threads();
-        Part mine = {.first = s->rows * me / team};
-        mine.count = s->rows * (me + 1) / team - mine.first;
+        long unit = !s->on_tiles && s->rows >= APART * team ? UNIT : 1, units = (s->rows + unit - 1) / unit;
+        Part mine = {units * me / team * unit}, *apart = unit > 1 ? &mine : NULL;
+        mine.count = me + 1 < team ? units * (me + 1) / team * unit - mine.first : s->rows - mine.first;
         for (long i = 0; i < count; i++) {
             const Layer *l = layers + i;
             Product qkv = {s->hidden, q_width + 2 * kv_width, s->normed, NULL, l->qkv.columns, l->qkv.bias, s->qkv};
@@ -126,20 +138,20 @@ int decode_layers(const Layer *layers, long count, const Step *s) {
                               s->prompt_columns};
             Cached own = {s->kv_heads, s->size, s->own_blocks, l->own_keys, l->own_values, s->slot, s->own_columns};
             add_norm(mine, s, i ? s->said : s->delta, l->attention_norm, l->attention_eps);
-#pragma omp barrier
-            failed |= product(s, qkv, l->qkv.stretch, tasks, chunk_count);
+            wait_for_others(apart);
+            failed |= product(s, apart, qkv, l->qkv.stretch, tasks, chunk_count);
             turn(mine, s, l);
-#pragma omp barrier
-            attend(s, &asked, &prompts, &own, found, found_count, taken + i);
-#pragma omp barrier
-            failed |= product(s, out, l->out.stretch, tasks, chunk_count);
+            wait_for_others(apart);
+            attend(s, apart, &asked, &prompts, &own, found, found_count, taken + i);
+            wait_for_others(apart);
+            failed |= product(s, apart, out, l->out.stretch, tasks, chunk_count);
             add_norm(mine, s, s->said, l->mlp_norm, l->mlp_eps);
-#pragma omp barrier
+            wait_for_others(apart);
             if (!l->width) continue;
-            failed |= product(s, gate_up, l->gate_up.stretch, tasks, chunk_count);
+            failed |= product(s, apart, gate_up, l->gate_up.stretch, tasks, chunk_count);
             gate(mine, s, l);
-#pragma omp barrier
-            failed |= product(s, down, l->down.stretch, tasks, chunk_count);
+            wait_for_others(apart);
+            failed |= product(s, apart, down, l->down.stretch, tasks, chunk_count);
         }
     }
     free(tasks);
