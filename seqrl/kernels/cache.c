@@ -213,7 +213,7 @@ void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *p
     else attend(0, rows, asked, prompts, own);
 }
 
-void attend_words(int pairs, Part rows, const Asked *asked, const Cached *prompts, const Cached *own) {
+void attend_words(int pairs, Share rows, const Asked *asked, const Cached *prompts, const Cached *own) {
     long first = rows.first * own->kv_heads, end = first + rows.count * own->kv_heads;
     for (long task = first; task < end; task++)
         if (pairs) attend_task(1, task, end, asked, prompts, own);

@@ -45,6 +45,6 @@ void team_attend(const Asked *asked, const Cached *prompts, const Cached *own, c
 /* The same without tiles, of float32 or pairs of bfloat16 (cache.c), by all threads of a parallel region; and of some
    rows by one of them. */
 void team_attend_words(int pairs, long rows, const Asked *asked, const Cached *prompts, const Cached *own);
-void attend_words(int pairs, Part rows, const Asked *asked, const Cached *prompts, const Cached *own);
+void attend_words(int pairs, Share rows, const Asked *asked, const Cached *prompts, const Cached *own);
 
 #endif

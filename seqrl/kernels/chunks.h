@@ -12,7 +12,7 @@ typedef struct {
 /* Rows of a thread's own. */
 typedef struct {
     long first, count;
-} Part;
+} Share;
 
 /* Matrix m has the rows up to ends[m], from where the one before it ends. NULL without memory. */
 static inline Chunk *chunks(long matrices, const int64_t *ends, long size, long *count) {

@@ -46,7 +46,7 @@ typedef struct {
 
 static void *from(const Step *s, const void *x, long number) { return (void *)at(s->pairs, x, number); }
 
-static void add_norm(Part p, const Step *s, const void *delta, const void *weight, float eps) {
+static void add_norm(Share p, const Step *s, const void *delta, const void *weight, float eps) {
     long first = p.first * s->hidden;
     void *x = (char *)s->stream + first * (s->stream_is_f32 ? sizeof(float) : sizeof(bf16));
     const void *of_part = delta ? from(s, delta, first) : NULL;
@@ -55,7 +55,7 @@ static void add_norm(Part p, const Step *s, const void *delta, const void *weigh
     else add_norm_f32_f32(p.count, s->hidden, x, of_part, weight, eps, x, y, NULL);
 }
 
-static void turn(Part p, const Step *s, const Layer *l) {
+static void turn(Share p, const Step *s, const Layer *l) {
     long q_width = s->heads * s->size, k_width = s->kv_heads * s->size;
     const void *qkv = from(s, s->qkv, p.first * (q_width + 2 * k_width));
     void *q = from(s, s->q, p.first * q_width), *k = from(s, s->k, p.first * k_width);
@@ -68,7 +68,7 @@ static void turn(Part p, const Step *s, const Layer *l) {
                      positions, q, k);
 }
 
-static void gate(Part p, const Step *s, const Layer *l) {
+static void gate(Share p, const Step *s, const Layer *l) {
     const void *gate_up = from(s, s->gated, p.first * 2 * l->width);
     void *inner = from(s, s->inner, p.first * l->width);
     if (s->pairs) gate_bf16(p.count, l->width, gate_up, inner);
@@ -77,7 +77,7 @@ static void gate(Part p, const Step *s, const Layer *l) {
 
 /* Of the rows of `apart`, or, where it is NULL, by all threads, which have waited for each other at the end. Returns
    nonzero without memory. */
-static int product(const Step *s, const Part *apart, Product p, long stretch, const Chunk *tasks, long count) {
+static int product(const Step *s, const Share *apart, Product p, long stretch, const Chunk *tasks, long count) {
 #ifdef __AMX_BF16__
     if (s->on_tiles) return team_products(&p, tasks, count);
 #endif
@@ -93,7 +93,7 @@ static long runs(const Step *s, Run *found) {
     return 0;
 }
 
-static void attend(const Step *s, const Part *apart, const Asked *asked, const Cached *prompts, const Cached *own,
+static void attend(const Step *s, const Share *apart, const Asked *asked, const Cached *prompts, const Cached *own,
                    const Run *found, long count, long *taken) {
 #ifdef __AMX_BF16__
     if (s->on_tiles) {
@@ -105,7 +105,7 @@ static void attend(const Step *s, const Part *apart, const Asked *asked, const C
     else team_attend_words(s->pairs, s->rows, asked, prompts, own);
 }
 
-static void wait_for_others(const Part *apart) {
+static void wait_for_others(const Share *apart) {
     if (!apart) {
 #pragma omp barrier
     }
@@ -125,7 +125,7 @@ int decode_layers(const Layer *layers, long count, const Step *s) {
     {
         long me = omp_get_thread_num(), team = omp_get_num_threads();
         long unit = !s->on_tiles && s->rows >= APART * team ? UNIT : 1, units = (s->rows + unit - 1) / unit;
-        Part mine = {units * me / team * unit}, *apart = unit > 1 ? &mine : NULL;
+        Share mine = {units * me / team * unit}, *apart = unit > 1 ? &mine : NULL;
         mine.count = me + 1 < team ? units * (me + 1) / team * unit - mine.first : s->rows - mine.first;
         for (long i = 0; i < count; i++) {
             const Layer *l = layers + i;

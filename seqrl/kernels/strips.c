@@ -31,7 +31,7 @@ void team_strips(int pairs, const Product *p, long stretch, long rows) {
     else products(0, p, stretch, rows);
 }
 
-void rows_strips(int pairs, const Product *p, long stretch, Part rows) {
+void rows_strips(int pairs, const Product *p, long stretch, Share rows) {
     long end = rows.first + rows.count;
     for (long first = rows.first; first < end; first += CHUNK) {
         Chunk c = {0, first, end - first < CHUNK ? end : first + CHUNK};

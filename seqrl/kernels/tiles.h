@@ -40,7 +40,7 @@ int team_products(const Product *p, const Chunk *tasks, long count);
 /* The same for all rows, of words that `expert_pack` has laid out (strips.c): where there are no tiles. And of some rows by
    one thread. */
 void team_strips(int pairs, const Product *p, long stretch, long rows);
-void rows_strips(int pairs, const Product *p, long stretch, Part rows);
+void rows_strips(int pairs, const Product *p, long stretch, Share rows);
 
 /* Of up to TASK_ROWS rows of one matrix, by one thread, and the room that this takes, NULL without memory. */
 float *rows_room(const Product *p);
