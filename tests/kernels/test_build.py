@@ -75,6 +75,18 @@ def test_the_real_sources_compile_into_the_cache(cache: Path, caplog: pytest.Log
     assert not warnings(caplog)
 
 
+@pytest.mark.parametrize("processor", ["haswell", "skylake-avx512", "sapphirerapids"])
+def test_the_real_sources_are_c_for_other_processors(processor: str) -> None:
+    """What is in them for AVX2, for AVX-512 and for a matrix unit; here the compiler sees one of these."""
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
+    command = [found, *build.FLAGS, f"-march={processor}", "-fsyntax-only", "-x", "c"]
+    sources = sorted(map(str, Path(build.__file__).parent.glob("*.c")))
+    if subprocess.run([*command, os.devnull], capture_output=True).returncode:
+        pytest.skip("a compiler that does not know this processor")
+    made = subprocess.run([*command, *sources], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
 def test_a_second_call_and_a_second_process_load_without_compiling(
     cache: Path, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
