@@ -33,18 +33,17 @@ INLINE void append(int pairs, long tokens, long kv_heads, long size, long blocks
                        at(pairs, v, t * v_stride + h * size), keys, values);
 }
 
-/* Queries of some heads of a group, q [heads, words], and what they have seen so far: the largest score, the weights'
-   sum, and what they weigh, out [heads, size]. */
+/* Queries of some heads of a group, q [heads, words], and what they have seen so far: the largest score, the sum of
+   weights, and what they weigh, out [heads, size]. Of the stretch that they are at: weights [heads, KEYS], as numbers
+   and as words, and by how much what was seen before it shrinks. */
 typedef struct {
     const uint32_t *q;
-    float most[2], total[2];
-    float *out;
+    float *out, most[2], total[2], shrink[2], weights[2 * KEYS];
+    uint32_t words[2 * KEYS];
 } Seeing;
 
-/* What `n` keys, in up to 16 `blocks` of columns, weigh for some heads, [heads, KEYS], as numbers and as words, and by
-   how much what was seen before shrinks. Asks for what lies `ahead` words after them. */
-INLINE void weigh(int pairs, int heads, int blocks, Shape s, Seeing *of, const uint32_t *keys, long n, long ahead,
-                  float *weights, uint32_t *words, float *shrink) {
+/* What `n` keys, in up to 16 `blocks` of columns, weigh. Asks for what lies `ahead` words after them. */
+INLINE void weigh(int pairs, int heads, int blocks, Shape s, Seeing *of, const uint32_t *keys, long n, long ahead) {
     vf sums[2][4] = {{{0}}}, before = {0};
     for (long d = 0; d < s.words; d++)
         for (int b = 0; b < blocks; b++) {
@@ -52,38 +51,39 @@ INLINE void weigh(int pairs, int heads, int blocks, Shape s, Seeing *of, const u
             __builtin_prefetch(keys + (b * s.words + d) * LANES + ahead, 0, 2);
             for (int h = 0; h < heads; h++) sums[h][b] = multiply(pairs, splat_word(of->q[h * s.words + d]), key, sums[h][b]);
         }
-    vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi there = lane < (int32_t)(n - (blocks - 1) * LANES); /* of the last block */
     for (int h = 0; h < heads; h++) {
         vf tops = splat(of->most[h]);
         for (int b = 0; b < blocks; b++) sums[h][b] *= s.scale;
-        sums[h][blocks - 1] = pick(lane < (int32_t)(n - (blocks - 1) * LANES), sums[h][blocks - 1], splat(-INFINITY));
+        sums[h][blocks - 1] = pick(there, sums[h][blocks - 1], splat(-INFINITY));
         for (int b = 0; b < blocks; b++) tops = larger(sums[h][b], tops);
         float top = largest(tops);
         before[h] = of->most[h] - top, of->most[h] = top;
     }
     before = vexp(before);
     for (int h = 0; h < heads; h++) {
-        shrink[h] = before[h];
+        of->shrink[h] = before[h];
         for (int b = 0; b < blocks; b++) {
             vf p = vexp(sums[h][b] - of->most[h]);
-            store_f32(weights + h * KEYS + b * LANES, p);
-            store(pairs, words, h * KEYS + b * LANES, p);
+            store_f32(of->weights + h * KEYS + b * LANES, p);
+            store(pairs, of->words, h * KEYS + b * LANES, p);
         }
     }
 }
 
-/* Adds to 16 `vectors` of the numbers of what `heads` have seen, shrunk, what `n` columns say in them. The first of
-   them add up the weights, too, meanwhile. */
-INLINE void add_values(int pairs, int heads, int vectors, int first, Shape s, Seeing *of, const float *weights,
-                       const uint32_t *words, const float *shrink, const void *values, long n, long ahead, float *out) {
+/* Adds what `n` columns say in 16 `vectors` of their numbers, from number `first` on. Who begins adds up the weights,
+   too, meanwhile. */
+INLINE void add_values(int pairs, int heads, int vectors, long first, Shape s, Seeing *of, const void *values, long n,
+                       long ahead) {
     vf sums[2][4];
-    float total[2];
+    float total[2], *out = of->out + first;
     for (int h = 0; h < heads; h++) {
-        if (first) total[h] = of->total[h] * shrink[h];
-        for (int i = 0; i < vectors; i++) sums[h][i] = load_f32(out + h * s.size + i * LANES) * shrink[h];
+        total[h] = of->total[h] * of->shrink[h];
+        for (int i = 0; i < vectors; i++) sums[h][i] = load_f32(out + h * s.size + i * LANES) * of->shrink[h];
     }
     for (long c = 0; c < n; c += 1 + pairs) {
-        const void *one = at(pairs, values, c * s.size), *two = c + 1 < n ? at(pairs, one, s.size) : NULL;
+        const void *one = at(pairs, values, c * s.size + first), *two = c + 1 < n ? at(pairs, one, s.size) : NULL;
         for (int i = 0; i < vectors; i += 1 + pairs) {
             __builtin_prefetch((const uint32_t *)at(pairs, one, i * LANES) + ahead, 0, 2);
             if (pairs) __builtin_prefetch((const uint32_t *)at(pairs, one, s.size + i * LANES) + ahead, 0, 2);
@@ -91,39 +91,31 @@ INLINE void add_values(int pairs, int heads, int vectors, int first, Shape s, Se
         for (int i = 0; i < vectors; i++) {
             word w = of_rows(pairs, at(pairs, one, i * LANES), two ? at(pairs, two, i * LANES) : NULL);
             for (int h = 0; h < heads; h++)
-                sums[h][i] = multiply(pairs, splat_at(words + ((h * KEYS + c) >> pairs)), w, sums[h][i]);
+                sums[h][i] = multiply(pairs, splat_at(of->words + ((h * KEYS + c) >> pairs)), w, sums[h][i]);
         }
-        for (int h = 0; h < heads && first; h++) {
-            total[h] += weights[h * KEYS + c];
-            if (pairs) total[h] += weights[h * KEYS + c + 1]; /* 0 after the last */
+        for (int h = 0; h < heads && !first; h++) {
+            total[h] += of->weights[h * KEYS + c];
+            if (pairs) total[h] += of->weights[h * KEYS + c + 1]; /* 0 after the last */
         }
     }
     for (int h = 0; h < heads; h++) {
-        if (first) of->total[h] = total[h];
+        if (!first) of->total[h] = total[h];
         for (int i = 0; i < vectors; i++) store_f32(out + h * s.size + i * LANES, sums[h][i]);
     }
 }
 
 /* A stretch of cached columns. As much is asked for `ahead` words after. */
 INLINE void see(int pairs, int heads, Shape s, Seeing *of, const uint32_t *keys, const void *values, long columns, long ahead) {
-    float weights[2 * KEYS], shrink[2];
-    uint32_t words[2 * KEYS];
     for (long start = 0; start < columns; start += KEYS) {
         long n = columns - start < KEYS ? columns - start : KEYS, d = 0;
-        const uint32_t *block = keys + start * s.words;
+        const uint32_t *key = keys + start * s.words;
         const void *value = at(pairs, values, start * s.size);
-        if (n <= LANES) weigh(pairs, heads, 1, s, of, block, n, ahead, weights, words, shrink);
-        else if (n <= 2 * LANES) weigh(pairs, heads, 2, s, of, block, n, ahead, weights, words, shrink);
-        else if (n <= 3 * LANES) weigh(pairs, heads, 3, s, of, block, n, ahead, weights, words, shrink);
-        else weigh(pairs, heads, 4, s, of, block, n, ahead, weights, words, shrink);
-        if (s.size % (4 * LANES) == 0)
-            for (; d < s.size; d += 4 * LANES)
-                if (!d) add_values(pairs, heads, 4, 1, s, of, weights, words, shrink, value, n, ahead, of->out);
-                else add_values(pairs, heads, 4, 0, s, of, weights, words, shrink, at(pairs, value, d), n, ahead, of->out + d);
-        else
-            for (; d < s.size; d += LANES)
-                if (!d) add_values(pairs, heads, 1, 1, s, of, weights, words, shrink, value, n, ahead, of->out);
-                else add_values(pairs, heads, 1, 0, s, of, weights, words, shrink, at(pairs, value, d), n, ahead, of->out + d);
+        if (n <= LANES) weigh(pairs, heads, 1, s, of, key, n, ahead);
+        else if (n <= 2 * LANES) weigh(pairs, heads, 2, s, of, key, n, ahead);
+        else if (n <= 3 * LANES) weigh(pairs, heads, 3, s, of, key, n, ahead);
+        else weigh(pairs, heads, 4, s, of, key, n, ahead);
+        for (; d + 4 * LANES <= s.size; d += 4 * LANES) add_values(pairs, heads, 4, d, s, of, value, n, ahead);
+        for (; d < s.size; d += LANES) add_values(pairs, heads, 1, d, s, of, value, n, ahead);
     }
 }
 
@@ -157,8 +149,10 @@ INLINE void attend_task(int pairs, long task, long end, const Asked *asked, cons
                at(pairs, asked->k, task * s.size), at(pairs, asked->v, r * asked->v_stride + task % kv_heads * s.size),
                of_rows->keys, of_rows->values);
     long prompt_columns = prompts->columns[prompt[r]];
+    Seeing of;
+    of.out = mine;
     for (long h = 0; h < s.group; h += 2) {
-        Seeing of = {q + (first + h) * s.words, {-3e38f, -3e38f}, {0}, mine};
+        of.q = q + (first + h) * s.words, of.total[0] = of.total[1] = 0, of.most[0] = of.most[1] = -3e38f;
         long further = h ? 0 : ahead;
         memset(mine, 0, sizeof mine);
         if (h + 1 < s.group) {
@@ -193,7 +187,7 @@ INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *promp
                               const void *v, long v_stride, const uint32_t *prompt_keys, const void *prompt_values,    \
                               long prompt_blocks, const int64_t *prompt, const int64_t *prompt_columns,                \
                               uint32_t *own_keys, void *own_values, long own_blocks, const int64_t *own,               \
-                              const int64_t *own_columns, void *out) {                                    \
+                              const int64_t *own_columns, void *out) {                                                 \
         Asked asked = {heads, q, k, v, v_stride, out};                                                                 \
         Cached prompts = {kv_heads, size, prompt_blocks, (uint32_t *)prompt_keys, (void *)prompt_values, prompt,       \
                           prompt_columns};                                                                             \
@@ -202,7 +196,7 @@ INLINE void attend(int pairs, long rows, const Asked *asked, const Cached *promp
             attend_cached_tiles(rows, &asked, &prompts, &of_rows);                                                     \
             return;                                                                                                    \
         }                                                                                                              \
-        _Pragma("omp parallel") attend(pairs, rows, &asked, &prompts, &of_rows);                                 \
+        _Pragma("omp parallel") attend(pairs, rows, &asked, &prompts, &of_rows);                                       \
     }
 
 OF_TYPE(f32, 0)

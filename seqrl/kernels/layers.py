@@ -163,8 +163,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        (out,) = made(lambda: (_gated_without_gradient(gate_up),))
-        return out
+        return _gated_without_gradient(gate_up)  # once more where it is replayed: a sixth less is recorded
 
     @staticmethod
     @once_differentiable
