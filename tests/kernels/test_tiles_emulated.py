@@ -1,4 +1,4 @@
-"""What runs on a matrix unit alone, on a processor without one: its instructions emulated (tiles_emulated.h)."""
+"""What runs on a matrix unit alone, on a processor without one: its instructions emulated."""
 
 from __future__ import annotations
 
