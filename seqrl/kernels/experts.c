@@ -51,7 +51,7 @@ INLINE int products_backward_x(int pairs, long experts, long ins, long outs, con
             Chunk c = tasks[t / strips];
             long column = t % strips * STRIP;
             panel(pairs, w, NULL, c.matrix * outs, outs, ins, column, columns);
-            strip_of_rows(pairs, c, steps, steps, dy, NULL, columns, STRIP, LANES, NULL, dx, ins, column, columns);
+            strip_of_rows(pairs, c, steps, steps, dy, NULL, columns, STRIP, LANES, NULL, dx, ins, column, NULL);
         }
         free(columns);
     }

@@ -45,7 +45,7 @@ INLINE void tile(int pairs, int rows, long steps, const uint32_t *const *x, long
 
 /* STRIP columns of y [.., width] for the rows of a chunk: x times w, whose lanes are those columns, plus bias, which may
    be NULL. Words are added up stretch by stretch, and those sums one after the other. The columns `after`, of a strip
-   like it, come nearer meanwhile. */
+   like it, come nearer meanwhile, if there are any. */
 INLINE void strip_of_rows(int pairs, Chunk c, long steps, long stretch, const void *x, const int64_t *token,
                           const uint32_t *w, long w_stride, long next, const float *bias, void *y, long width,
                           long column, const uint32_t *after) {
@@ -63,9 +63,9 @@ INLINE void strip_of_rows(int pairs, Chunk c, long steps, long stretch, const vo
         for (long from = 0; from < steps; from += stretch) {
             long some = steps - from < stretch ? steps - from : stretch;
             vf part[ROWS][2] = {{{0}}};
-            if (count > ROWS / 2) tile(pairs, ROWS, some, row, 1, w + from * w_stride, w_stride, next, part, &ahead);
-            else if (count > 1) tile(pairs, ROWS / 2, some, row, 1, w + from * w_stride, w_stride, next, part, &ahead);
-            else tile(pairs, 1, some, row, 1, w + from * w_stride, w_stride, next, part, &ahead);
+            if (count > ROWS / 2) tile(pairs, ROWS, some, row, 1, w + from * w_stride, w_stride, next, part, after ? &ahead : NULL);
+            else if (count > 1) tile(pairs, ROWS / 2, some, row, 1, w + from * w_stride, w_stride, next, part, after ? &ahead : NULL);
+            else tile(pairs, 1, some, row, 1, w + from * w_stride, w_stride, next, part, after ? &ahead : NULL);
             for (long i = 0; i < ROWS; i++) {
                 for (int v = 0; v < 2; v++) sums[i][v] = from ? sums[i][v] + part[i][v] : part[i][v];
                 row[i] += some;

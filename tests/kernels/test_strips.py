@@ -26,7 +26,9 @@ def strips(weight: torch.Tensor) -> Strips:
 
 @pytest.mark.parametrize(("outs", "ins"), SIZES)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
-def test_they_say_what_training_says(dtype: torch.dtype, outs: int, ins: int, with_bias: bool) -> None:
+def test_they_say_what_training_says(
+    threads: int, dtype: torch.dtype, outs: int, ins: int, with_bias: bool
+) -> None:
     weight, bias = random(outs, ins).to(dtype), random(outs, seed=2).to(dtype) if with_bias else None
     made = strips(weight)
     x = random(1000, ins, seed=3).to(dtype)

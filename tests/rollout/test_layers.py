@@ -25,7 +25,10 @@ STEPS = 140
 )
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("copies", [[8, 1, 5], [200, 60, 3]])
-def test_one_call_says_the_same(name: str, held: torch.dtype, dtype: torch.dtype, copies: list[int]) -> None:
+def test_one_call_says_the_same(
+    threads: int, name: str, held: torch.dtype, dtype: torch.dtype, copies: list[int]
+) -> None:
+    """With many rows each thread has its own, before some leave and after; with few they share all."""
     experts = {"moe_intermediate_size": 64} if "moe" in name else {}  # then they are in C
     model = build(name, intermediate_size=64, max_position_embeddings=160, **experts).to(held)
     with torch.inference_mode():
